@@ -1,0 +1,94 @@
+# Everything a developer does here. Each target installs what it needs (Debian, Ubuntu; root or sudo).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+.PHONY: help build lint test-unit test-vm test demo bench fuzz install clean
+
+GO      ?= go
+DESTDIR ?=
+CACHE   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/luks-kms-agent
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+BINARY    := bin/luks-kms-agent
+MAX_BYTES := 15000000
+# Not part of ./..., because its folder begins with a dot.
+TALLY := ./.ci/tally
+
+# Recipes that install packages: $(call need,PACKAGE…). Nothing is asked of apt where all are there.
+define need
+missing=; for p in $(1); do \
+  dpkg-query -W -f '$${Status}\n' "$$p" 2>/dev/null | grep -q ' installed$$' || missing="$$missing $$p"; done; \
+if [ -n "$$missing" ]; then \
+  command -v apt-get >/dev/null || { echo "install the equivalents of:$$missing" >&2; exit 1; }; \
+  echo "installing:$$missing"; \
+  $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update; \
+  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install --no-install-recommends $$missing; \
+fi
+endef
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
+
+build: ## build bin/luks-kms-agent: static, stripped, at most 15 MB
+	@CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(BINARY) ./cmd/luks-kms-agent
+	@size=$$(stat -c %s $(BINARY)); \
+	if [ "$$size" -gt $(MAX_BYTES) ]; then echo "$(BINARY) has $$size bytes, more than $(MAX_BYTES)" >&2; exit 1; fi; \
+	echo "$(BINARY) $(VERSION), $$size bytes"
+
+lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
+	@$(call need,shellcheck)
+	@mkdir -p $(CACHE)/tools
+	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/staticcheck honnef.co/go/tools/cmd/staticcheck
+	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/depguard github.com/OpenPeeDeeP/depguard/v2/cmd/depguard
+	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "gofmt would change:"; echo "$$bad"; exit 1; fi
+	@$(GO) vet ./... $(TALLY)
+	@$(CACHE)/tools/staticcheck ./... $(TALLY)
+	@$(CACHE)/tools/depguard ./...
+	@find . -name '*.sh' -not -path './.git/*' -print0 | xargs -0 shellcheck .ci/run
+	@echo "lint: OK"
+
+test-unit: ## unit tests: no root, no VM, no AWS
+	@$(call need,cryptsetup-bin dmsetup util-linux e2fsprogs xfsprogs systemd)
+	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
+	@$(GO) test -json -count=1 -timeout 5m $$($(GO) list ./... | grep -v '/test/vm') $(TALLY) | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
+
+test-vm: ## the stories, in QEMU with EC2's disks, IMDS and a KMS (VM_ACCEL=kvm: with hardware virtualisation)
+	@$(GO) test -json -v -count=1 -timeout 25m ./test/vm/... | $(GO) run $(TALLY) -live $(if $(COUNTS),-to $(COUNTS))
+
+# All parts run, also after one has failed. A part that fails before it could count counts as one failed test.
+test: ## lint, unit tests and VM stories; the last line counts the tests
+	@counts=$$(mktemp -d); trap 'rm -rf "$$counts"' EXIT; rc=0; \
+	$(MAKE) lint || { rc=1; echo 0 1 0 >"$$counts/lint"; }; \
+	for part in test-unit test-vm; do \
+	  $(MAKE) $$part COUNTS="$$counts/$$part" || { rc=1; [ -s "$$counts/$$part" ] || echo 0 1 0 >"$$counts/$$part"; }; \
+	done; \
+	$(GO) run $(TALLY) "$$counts"/* || rc=1; \
+	exit $$rc
+
+demo: ## the main job, told as it goes, in a VM on this machine
+	@$(GO) run ./test/vm/demo
+
+bench: ## Go benchmarks
+	@$(call need,cryptsetup-bin util-linux)
+	@$(GO) test -run '^$$' -bench . -benchmem ./agent ./keycache ./luks ./systemd ./volumes
+
+FUZZTIME ?= 30s
+fuzz: ## run each fuzz test for FUZZTIME (30s)
+	@$(call need,cryptsetup-bin util-linux)
+	@for p in $$($(GO) list ./... | grep -v '/test/vm'); do \
+	  for f in $$($(GO) test -list '^Fuzz' "$$p" | grep '^Fuzz' || true); do \
+	    echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$p"; \
+	  done; \
+	done
+
+install: build ## install under DESTDIR: program, units, cloud-init drop-in, examples (enables nothing, overwrites no configuration)
+	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent
+	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system systemd/luks-kms-agent.service systemd/luks-kms-agent.target
+	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg
+	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json
+	@install -d -m 0755 $(DESTDIR)/etc/luks-kms-agent
+
+clean: ## remove what build made (the cache of images and tools stays in ~/.cache/luks-kms-agent)
+	@rm -rf bin

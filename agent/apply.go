@@ -1,0 +1,495 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"go.uber.org/zap"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/systemd"
+	"github.com/luks-kms-agent/luks-kms-agent/volumes"
+)
+
+// maxLabel is the size of a LUKS2 label without its NUL byte.
+const maxLabel = 47
+
+// RefusedError is an action that the plan refused.
+type RefusedError struct {
+	Refusal Refusal
+	Device  string // path, "" where there is no device
+	Reason  string
+}
+
+func (e *RefusedError) Error() string {
+	if e.Device == "" {
+		return e.Reason
+	}
+	return fmt.Sprintf("cannot use %s: %s", e.Device, e.Reason)
+}
+
+// applier carries out one plan.
+type applier struct {
+	*Node
+	store   *keycache.Store
+	records keycache.Records
+	keys    *keyring
+	mounter func() (mounter, error) // connects once, on first use
+
+	formatReady error // why nothing can be formatted: a program is missing
+	mapReady    error // why nothing can be mapped: the kernel cannot
+
+	mu      sync.Mutex
+	newKeys map[string]*newKey // by scope: "" for the node, or a device path
+	adopted map[string]string  // wrapped key -> key record id
+}
+
+// newKey is a data key that several volumes may wait for.
+type newKey struct {
+	once sync.Once
+	key  *keycache.Key
+	rec  keycache.KeyRecord
+	err  error
+}
+
+// apply carries out the plan, all volumes at the same time, and returns an outcome
+// for each action, in the plan's order. One failure never stops the others.
+func (n *Node) apply(ctx context.Context, store *keycache.Store, f Facts, p Plan, keys *keyring) []Outcome {
+	connect, disconnect := n.connectOnce(ctx)
+	defer disconnect()
+	a := &applier{
+		Node: n, store: store, records: f.Records, keys: keys,
+		mounter: connect,
+		newKeys: map[string]*newKey{}, adopted: map[string]string{},
+	}
+	a.checkMeans(ctx, p)
+	outcomes := make([]Outcome, len(p.Actions))
+	if err := a.quarantine(p); err != nil {
+		// The records could not be moved aside: nothing may rest on them.
+		for i, act := range p.Actions {
+			outcomes[i] = Outcome{Action: act, Err: err}
+		}
+		return outcomes
+	}
+	var wg sync.WaitGroup
+	for i := range p.Actions {
+		wg.Go(func() {
+			start := n.now()
+			act := p.Actions[i]
+			err := a.do(ctx, &act)
+			outcomes[i] = Outcome{Action: act, Err: err, Took: n.now().Sub(start)}
+		})
+	}
+	wg.Wait()
+	return outcomes
+}
+
+// connectOnce defers the connection to systemd until something is mounted, and
+// gives all who mount the same one.
+func (n *Node) connectOnce(ctx context.Context) (connect func() (mounter, error), disconnect func()) {
+	var connected mounter
+	connect = sync.OnceValues(func() (m mounter, err error) {
+		if m, err = n.mounts(ctx); err == nil {
+			connected = m
+		}
+		return m, err
+	})
+	return connect, func() {
+		if connected != nil {
+			connected.Close()
+		}
+	}
+}
+
+// checkMeans finds out before a disk is touched whether what the plan needs is
+// on the machine.
+func (a *applier) checkMeans(ctx context.Context, p Plan) {
+	for _, act := range p.Actions {
+		switch act.Verb {
+		case Format:
+			a.formatReady = errors.Join(a.formatReady, volumes.CheckMakeFilesystem(act.Volume.Filesystem))
+			if a.formatReady == nil {
+				a.formatReady = luks.CheckCryptsetup(ctx)
+			}
+			if a.mapReady == nil {
+				a.mapReady = a.maps.Ready()
+			}
+		case Unlock, Adopt:
+			if a.mapReady == nil {
+				a.mapReady = a.maps.Ready()
+			}
+		}
+	}
+}
+
+func (a *applier) quarantine(p Plan) error {
+	if len(p.QuarantineKeys)+len(p.QuarantineVolumes) == 0 {
+		return nil
+	}
+	a.log.Warn("records of another instance are moved to quarantine",
+		zap.Strings("keys", p.QuarantineKeys), zap.Strings("volumes", p.QuarantineVolumes))
+	return a.store.Quarantine(p.QuarantineKeys, p.QuarantineVolumes, "another instance-id")
+}
+
+func (a *applier) do(ctx context.Context, act *Action) error {
+	switch act.Verb {
+	case Format:
+		return a.format(ctx, act)
+	case Unlock:
+		return a.unlock(ctx, act)
+	case Adopt:
+		return a.adopt(ctx, act)
+	case Mount:
+		return a.mount(ctx, *act, act.OpenAs)
+	case Refuse:
+		return &RefusedError{Refusal: act.Refusal, Device: act.Device.Path, Reason: act.Reason}
+	}
+	return nil
+}
+
+// format makes a volume. The order is what keeps it safe against a cut at any
+// point: key proven and recorded, then the intent, then the disk, then `ready`,
+// and only then is it mounted.
+func (a *applier) format(ctx context.Context, act *Action) error {
+	if err := errors.Join(a.formatReady, a.mapReady); err != nil {
+		return err
+	}
+	key, keyRecord, err := a.keyFor(ctx, *act)
+	if err != nil {
+		return err
+	}
+	hold, err := a.disks.Hold(ctx, act.Device.Device)
+	if err != nil {
+		return err
+	}
+	defer hold.Close()
+	if err := a.stillMayFormat(ctx, *act, key); err != nil {
+		return err
+	}
+	for _, old := range act.Replaces {
+		if err := a.store.ArchiveVolume(old, "the disk went with a stop of the instance"); err != nil {
+			return err
+		}
+	}
+
+	v := &act.Volume
+	if v.UUID == "" {
+		v.UUID = uuid.NewString()
+	}
+	v.KeyID, v.Mapping = keyRecord.ID, "luks-"+v.UUID
+	if err := a.putVolume(v); err != nil {
+		return err
+	}
+	label := v.Identity
+	if len(label) > maxLabel {
+		label = label[:maxLabel]
+	}
+	err = luks.Format(ctx, act.Device.Path, luks.FormatOptions{
+		UUID: v.UUID, Label: label, KeyARN: keyRecord.KeyARN, WrappedKey: keyRecord.WrappedKey,
+	}, key)
+	if err != nil {
+		return err
+	}
+	header, err := luks.Inspect(act.Device.Path)
+	if err != nil {
+		return err
+	}
+	if err := a.maps.Open(ctx, header, key, a.openOptions(*act)); err != nil {
+		return err
+	}
+	if err := a.finish(ctx, v); err != nil {
+		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))
+	}
+	return a.mount(ctx, *act, v.Mapping)
+}
+
+// finish makes the filesystem of an opened volume and records it ready. The
+// filesystem carries the volume's UUID, so that a later run can tell one that
+// this step made from one that somebody else put there.
+func (a *applier) finish(ctx context.Context, v *keycache.VolumeRecord) error {
+	if err := volumes.MakeFilesystem(ctx, a.maps.Path(v.Mapping), v.Filesystem, "", v.UUID); err != nil {
+		return err
+	}
+	v.State = keycache.StateReady
+	return a.putVolume(v)
+}
+
+func (a *applier) putVolume(v *keycache.VolumeRecord) error {
+	now := a.now().UTC().Truncate(time.Second)
+	if v.Created.IsZero() {
+		v.Created = now
+	}
+	v.Changed = now
+	return a.store.PutVolume(*v)
+}
+
+// stillMayFormat looks again, now that nobody else has the disk: what was planned
+// on must still be what is there.
+func (a *applier) stillMayFormat(ctx context.Context, act Action, key *keycache.Key) error {
+	changed := func(what string) error {
+		return &RefusedError{Refusal: RefusedContent, Device: act.Device.Path, Reason: "it changed after it was planned on: " + what}
+	}
+	if act.OpenAs != "" {
+		if err := a.formattedByUs(ctx, act, act.OpenAs); err != nil {
+			return err
+		}
+		if err := a.maps.Close(ctx, act.OpenAs); err != nil {
+			return err
+		}
+	}
+	header, content, err := look(ctx, act.Device.Device)
+	if err != nil {
+		return err
+	}
+	if act.OpenAs == "" && header.Kind != act.Device.Header.Kind {
+		return changed(fmt.Sprintf("LUKS state is %s, was %s", header.Kind, act.Device.Header.Kind))
+	}
+	switch {
+	case content != nil && !content.Blank:
+		return changed(content.Detail)
+	case header.Kind == luks.KindNone:
+		return nil
+	case !act.Resume:
+		return changed("it holds " + describeKind(header.Kind))
+	case header.Header != nil && header.Header.UUID != act.Volume.UUID:
+		return changed("it holds LUKS volume " + header.Header.UUID)
+	case header.Kind != luks.KindLUKS2 || !header.Pass() || header.Verify(key) != nil || act.OpenAs != "":
+		// Torn, without key slots or without token: luksFormat was cut. Nothing
+		// can have been written into a volume that never opened.
+		return nil
+	}
+	// luksFormat was finished. It may be formatted again only where nothing but
+	// our own mkfs wrote into it.
+	if err := a.maps.Open(ctx, header, key, a.openOptions(act)); err != nil {
+		return err
+	}
+	return errors.Join(a.formattedByUs(ctx, act, act.Volume.Mapping), a.maps.Close(ctx, act.Volume.Mapping))
+}
+
+// formattedByUs refuses an opened volume, recorded as being formatted, that holds
+// anything but what our own mkfs leaves.
+func (a *applier) formattedByUs(ctx context.Context, act Action, mapping string) error {
+	content, err := volumes.Filesystem(ctx, a.maps.Path(mapping))
+	if err != nil {
+		return err
+	}
+	if content.Type == "" || content.UUID == act.Volume.UUID {
+		return nil
+	}
+	return &RefusedError{Refusal: RefusedContent, Device: act.Device.Path,
+		Reason: fmt.Sprintf("volume %s is recorded as being formatted, but it holds %s", act.Volume.UUID, content.Detail)}
+}
+
+// unlock opens a ready volume and mounts it. It writes to the disk only where the
+// primary header is damaged and has to be restored.
+func (a *applier) unlock(ctx context.Context, act *Action) error {
+	if a.mapReady != nil {
+		return a.mapReady
+	}
+	keyRecord := a.records.Keys[act.Volume.KeyID]
+	key, err := a.keys.get(keyRecord)
+	if err != nil {
+		return err
+	}
+	header := act.Device.Header
+	if header.PrimaryDamaged {
+		if header, err = a.restoreHeader(ctx, *act, key); err != nil {
+			return err
+		}
+	}
+	if err := a.disks.Check(act.Device.Device); err != nil {
+		return err
+	}
+	if err := a.maps.Open(ctx, header, key, a.openOptions(*act)); err != nil {
+		return err
+	}
+	v := &act.Volume
+	if old := a.records.Volumes[v.UUID]; v.Identity != act.Device.Identity || v.MountPoint != old.MountPoint {
+		v.Identity, v.Class = act.Device.Identity, string(act.Device.Class)
+		if err := a.putVolume(v); err != nil {
+			return err
+		}
+	}
+	return a.mount(ctx, *act, v.Mapping)
+}
+
+// restoreHeader writes the secondary header over a damaged primary one, after the
+// secondary has shown its MAC: an attacker must not have us copy his.
+func (a *applier) restoreHeader(ctx context.Context, act Action, key *keycache.Key) (*luks.Inspection, error) {
+	if err := act.Device.Header.Verify(key); err != nil {
+		return nil, err
+	}
+	hold, err := a.disks.Hold(ctx, act.Device.Device)
+	if err != nil {
+		return nil, err
+	}
+	defer hold.Close()
+	if err := luks.CheckCryptsetup(ctx); err != nil {
+		return nil, err
+	}
+	if err := luks.RestorePrimary(ctx, act.Device.Path); err != nil {
+		return nil, err
+	}
+	a.log.Warn("the damaged primary LUKS header was restored from the secondary", zap.String("device", act.Device.Path))
+	return luks.Inspect(act.Device.Path)
+}
+
+// adopt opens a volume by the key in its token. The records are written before
+// anybody can use it.
+func (a *applier) adopt(ctx context.Context, act *Action) error {
+	if a.mapReady != nil {
+		return a.mapReady
+	}
+	rec := a.adoptedKey(act.Key)
+	key, err := a.keys.get(rec)
+	if err != nil {
+		return err
+	}
+	header := act.Device.Header
+	if header.PrimaryDamaged {
+		if header, err = a.restoreHeader(ctx, *act, key); err != nil {
+			return err
+		}
+	}
+	if err := a.disks.Check(act.Device.Device); err != nil {
+		return err
+	}
+	v := &act.Volume
+	v.KeyID, v.Mapping = rec.ID, "luks-"+v.UUID
+	if err := a.maps.Open(ctx, header, key, a.openOptions(*act)); err != nil {
+		return err
+	}
+	content, err := volumes.Filesystem(ctx, a.maps.Path(v.Mapping))
+	if err == nil && !slices.Contains(filesystems, content.Type) {
+		err = &RefusedError{Refusal: RefusedContent, Device: act.Device.Path,
+			Reason: fmt.Sprintf("volume %s opens, but holds no %v filesystem (%s)", v.UUID, filesystems, content.Detail)}
+	}
+	if err == nil {
+		v.Filesystem = content.Type
+		err = a.recordAdopted(rec, v)
+	}
+	if err != nil {
+		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))
+	}
+	return a.mount(ctx, *act, v.Mapping)
+}
+
+// adoptedKey gives a token's wrapped key its record: one that this instance has
+// already, or a new one that all volumes under the same wrapped key share.
+func (a *applier) adoptedKey(rec keycache.KeyRecord) keycache.KeyRecord {
+	for _, id := range sortedKeys(a.records.Keys) {
+		k := a.records.Keys[id]
+		if k.InstanceID == rec.InstanceID && k.KeyARN == rec.KeyARN && string(k.WrappedKey) == string(rec.WrappedKey) {
+			return k
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	wrapped := rec.KeyARN + " " + string(rec.WrappedKey)
+	if a.adopted[wrapped] == "" {
+		a.adopted[wrapped] = uuid.NewString()
+	}
+	rec.Version, rec.ID = keycache.RecordVersion, a.adopted[wrapped]
+	return rec
+}
+
+// recordAdopted writes the records of an adopted volume, key first.
+func (a *applier) recordAdopted(rec keycache.KeyRecord, v *keycache.VolumeRecord) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, ok := a.records.Keys[rec.ID]; !ok {
+		rec.Region, rec.Created = regionOf(rec.KeyARN), a.now().UTC().Truncate(time.Second)
+		if err := a.store.PutKey(rec); err != nil {
+			return err
+		}
+		a.records.Keys[rec.ID] = rec
+	}
+	return a.putVolume(v)
+}
+
+// keyFor gives a volume to be formatted its data key: that of its record, proven
+// by Decrypt, or a new one that is made, recorded and then proven by Decrypt.
+func (a *applier) keyFor(ctx context.Context, act Action) (*keycache.Key, keycache.KeyRecord, error) {
+	if id := act.Volume.KeyID; id != "" {
+		rec := a.records.Keys[id]
+		key, err := a.keys.get(rec)
+		return key, rec, err
+	}
+	scope := ""
+	if a.cfg.KeyScope == ScopeVolume {
+		scope = act.Device.Path
+	}
+	a.mu.Lock()
+	k := a.newKeys[scope]
+	if k == nil {
+		k = &newKey{}
+		a.newKeys[scope] = k
+	}
+	a.mu.Unlock()
+	k.once.Do(func() { k.key, k.rec, k.err = a.makeKey(ctx) })
+	return k.key, k.rec, k.err
+}
+
+// makeKey makes a data key. What it returns is the key that KMS gave back for the
+// record that is durable on the boot volume: the one a reboot will have.
+func (a *applier) makeKey(ctx context.Context) (*keycache.Key, keycache.KeyRecord, error) {
+	checked := make(chan error, 1)
+	go func() {
+		_, err := a.cloud.CheckKey(ctx)
+		checked <- err
+	}()
+	made, rec, err := a.cloud.Generate(ctx)
+	if made != nil {
+		defer made.Wipe()
+	}
+	// What DescribeKey says of the key tells more than why it gave no data key.
+	if checkErr := <-checked; checkErr != nil {
+		err = checkErr
+	}
+	if err != nil {
+		return nil, rec, err
+	}
+	if err := a.store.PutKey(rec); err != nil {
+		return nil, rec, err
+	}
+	proven, err := a.keys.get(rec)
+	if err != nil {
+		return nil, rec, fmt.Errorf("cannot prove the new data key before it locks a disk: %w", err)
+	}
+	if !proven.Equal(made) {
+		return nil, rec, fmt.Errorf("cannot use the new data key %s: Decrypt gave another key than GenerateDataKey", rec.ID)
+	}
+	return proven, rec, nil
+}
+
+func (a *applier) openOptions(act Action) luks.OpenOptions {
+	direct := a.cfg.Workqueues == "off" || a.cfg.Workqueues == "auto" && !act.Device.Rotational
+	return luks.OpenOptions{Name: act.Volume.Mapping, NoWorkqueues: direct}
+}
+
+func (a *applier) mount(ctx context.Context, act Action, mapping string) error {
+	m, err := a.mounter()
+	if err != nil {
+		return err
+	}
+	return m.StartMount(ctx, systemd.Mount{
+		What: a.maps.Path(mapping), Where: act.Volume.MountPoint, Type: act.Volume.Filesystem,
+		Description: fmt.Sprintf("Encrypted volume %s (%s)", act.Volume.Identity, act.Volume.UUID),
+	})
+}
+
+// regionOf is the region in a key ARN, arn:PARTITION:kms:REGION:ACCOUNT:key/ID.
+func regionOf(arn string) string {
+	parts := strings.SplitN(arn, ":", 5)
+	if len(parts) < 5 {
+		return ""
+	}
+	return parts[3]
+}

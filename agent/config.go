@@ -1,0 +1,430 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+	"golang.org/x/sys/unix"
+)
+
+// DefaultConfigPath is where the agent looks for its configuration.
+const DefaultConfigPath = "/etc/luks-kms-agent/config.yaml"
+
+// KeyScope says how many volumes share a data key.
+type KeyScope string
+
+// The scopes of a data key.
+const (
+	ScopeNode   KeyScope = "node"   // one data key per node, as Amazon EMR does
+	ScopeVolume KeyScope = "volume" // one data key per volume
+)
+
+// Policy says what may be done with the volumes of a class.
+type Policy string
+
+// The policies of a class.
+const (
+	PolicyFormat Policy = "format" // format blank volumes, unlock ours
+	PolicyUnlock Policy = "unlock" // unlock ours, never format
+	PolicyIgnore Policy = "ignore" // leave alone
+)
+
+// Config is the agent's configuration. Its defaults are those of [LoadConfig].
+type Config struct {
+	Path          string         // the file it was read from
+	KMSKey        string         // key ARN, key id, alias or alias ARN
+	Region        string         // "": the node's own, from IMDS
+	KMSEndpoint   string         // "": AWS's for the region
+	IMDSEndpoint  string         // "": IMDS's link-local address
+	KeyScope      KeyScope       //
+	Filesystem    string         // "xfs" or "ext4", of volumes still to be formatted
+	InstanceStore Policy         //
+	EBS           Policy         //
+	Volumes       []VolumeConfig // volumes named by the operator
+	Exclude       []string       // kernel paths, links, serials, volume ids
+	RetryLimit    time.Duration  // how long KMS and IMDS are retried
+	CallTimeout   time.Duration  // of one request
+	Workqueues    string         // dm-crypt's work queues: "auto", "on", "off"
+	StateDir      string         // where the records are
+	AllowedKeys   []string       // ARNs of keys whose volumes may be adopted, beside KMSKey
+}
+
+// VolumeConfig is what the configuration says of one volume.
+type VolumeConfig struct {
+	Name       string // kernel path, /dev/disk link, serial or EBS volume id
+	MountPoint string // "": the next of /mnt, /mnt1, …
+	Filesystem string // "": Config.Filesystem
+}
+
+// ConfigError is a configuration that cannot be used, and the place of the cause.
+type ConfigError struct {
+	Path string
+	Line int // 0: the file as a whole
+	Err  error
+}
+
+func (e *ConfigError) Error() string {
+	if e.Line == 0 {
+		return fmt.Sprintf("cannot use configuration %s: %v", e.Path, e.Err)
+	}
+	return fmt.Sprintf("cannot use configuration %s:%d: %v", e.Path, e.Line, e.Err)
+}
+
+func (e *ConfigError) Unwrap() error { return e.Err }
+
+// LoadConfig reads the configuration strictly: an unknown, repeated or wrong
+// field, and a file that others than its owner (root, or who runs the agent)
+// may write, is a *[ConfigError].
+func LoadConfig(path string) (Config, error) {
+	data, err := readOwned(path)
+	if err != nil {
+		return Config{}, &ConfigError{Path: path, Err: err}
+	}
+	return parseConfig(path, data)
+}
+
+// readOwned reads a file whose content decides what is formatted, so nobody but
+// its owner may be able to write it.
+func readOwned(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		var pe *os.PathError
+		if errors.As(err, &pe) {
+			err = pe.Err
+		}
+		return nil, err
+	}
+	defer f.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, err
+	}
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFREG:
+		return nil, errors.New("it is not a regular file")
+	case st.Uid != 0 && int(st.Uid) != os.Geteuid():
+		return nil, fmt.Errorf("it is owned by uid %d, want root", st.Uid)
+	case st.Mode&0o022 != 0:
+		return nil, fmt.Errorf("its mode %04o lets group or others write it, want 0600, 0640 or 0644", st.Mode&0o7777)
+	case st.Size > 1<<20:
+		return nil, fmt.Errorf("it has %d bytes, want at most 1 MiB", st.Size)
+	}
+	data := make([]byte, st.Size)
+	n, err := f.ReadAt(data, 0)
+	if err != nil && n < len(data) {
+		return nil, err
+	}
+	return data, nil
+}
+
+func defaultConfig(path string) Config {
+	return Config{
+		Path:          path,
+		KeyScope:      ScopeNode,
+		Filesystem:    "xfs",
+		InstanceStore: PolicyFormat,
+		EBS:           PolicyFormat,
+		RetryLimit:    10 * time.Minute,
+		CallTimeout:   10 * time.Second,
+		Workqueues:    "auto",
+		StateDir:      "/var/lib/luks-kms-agent",
+	}
+}
+
+// parser turns a YAML tree into a Config and remembers where each thing stood.
+type parser struct {
+	path  string
+	cfg   Config
+	lines map[string]int // field path ("volumes.0.name") -> line
+}
+
+func parseConfig(path string, data []byte) (Config, error) {
+	var doc yaml.Node
+	if err := yaml.Unmarshal(data, &doc); err != nil {
+		return Config{}, yamlError(path, err)
+	}
+	p := &parser{path: path, cfg: defaultConfig(path), lines: map[string]int{}}
+	if len(doc.Content) == 0 {
+		return Config{}, p.fail(0, "kms_key is missing: it is the one field that must be set")
+	}
+	if err := p.top(doc.Content[0]); err != nil {
+		return Config{}, err
+	}
+	if err := p.check(); err != nil {
+		return Config{}, err
+	}
+	return p.cfg, nil
+}
+
+var yamlLine = regexp.MustCompile(`^yaml: line (\d+): (.*)$`)
+
+// yamlError moves the line that the YAML library puts into its text to where
+// ConfigError has it.
+func yamlError(path string, err error) error {
+	e := &ConfigError{Path: path, Err: err}
+	if m := yamlLine.FindStringSubmatch(err.Error()); m != nil {
+		fmt.Sscan(m[1], &e.Line)
+		e.Err = errors.New(m[2])
+	}
+	return e
+}
+
+func (p *parser) fail(line int, format string, args ...any) error {
+	return &ConfigError{Path: p.path, Line: line, Err: fmt.Errorf(format, args...)}
+}
+
+type fields map[string]func(*yaml.Node) error
+
+func (f fields) allowed() string {
+	names := make([]string, 0, len(f))
+	for n := range f {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	return strings.Join(names, ", ")
+}
+
+// mapping walks a YAML mapping; where names its place for messages and lines.
+func (p *parser) mapping(n *yaml.Node, where string, known fields) error {
+	if n.Kind != yaml.MappingNode {
+		return p.fail(n.Line, "%s must be a mapping of fields (allowed: %s)", orDocument(where), known.allowed())
+	}
+	seen := map[string]bool{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, val := n.Content[i], n.Content[i+1]
+		set, ok := known[key.Value]
+		if !ok {
+			return p.fail(key.Line, "unknown field %q in %s (allowed: %s)", key.Value, orDocument(where), known.allowed())
+		}
+		if seen[key.Value] {
+			return p.fail(key.Line, "field %q stands twice in %s", key.Value, orDocument(where))
+		}
+		seen[key.Value] = true
+		p.lines[join(where, key.Value)] = key.Line
+		if val.Kind == yaml.AliasNode {
+			return p.fail(val.Line, "field %q is a YAML alias, which is not supported", key.Value)
+		}
+		if err := set(val); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func orDocument(where string) string {
+	if where == "" {
+		return "the configuration"
+	}
+	return where
+}
+
+func join(where, name string) string {
+	if where == "" {
+		return name
+	}
+	return where + "." + name
+}
+
+func (p *parser) top(n *yaml.Node) error {
+	c := &p.cfg
+	policy := []string{string(PolicyFormat), string(PolicyUnlock), string(PolicyIgnore)}
+	return p.mapping(n, "", fields{
+		"kms_key":        p.text("kms_key", &c.KMSKey),
+		"region":         p.text("region", &c.Region),
+		"kms_endpoint":   p.text("kms_endpoint", &c.KMSEndpoint),
+		"imds_endpoint":  p.text("imds_endpoint", &c.IMDSEndpoint),
+		"key_scope":      oneOf(p, "key_scope", &c.KeyScope, string(ScopeNode), string(ScopeVolume)),
+		"filesystem":     oneOf(p, "filesystem", &c.Filesystem, filesystems...),
+		"instance_store": oneOf(p, "instance_store", &c.InstanceStore, policy...),
+		"ebs":            oneOf(p, "ebs", &c.EBS, policy...),
+		"volumes":        p.volumes,
+		"exclude":        p.texts("exclude", &c.Exclude),
+		"retry_limit":    p.duration("retry_limit", &c.RetryLimit),
+		"call_timeout":   p.duration("call_timeout", &c.CallTimeout),
+		"workqueues":     oneOf(p, "workqueues", &c.Workqueues, "auto", "on", "off"),
+		"state_dir":      p.text("state_dir", &c.StateDir),
+		"allowed_keys":   p.texts("allowed_keys", &c.AllowedKeys),
+	})
+}
+
+var filesystems = []string{"xfs", "ext4"}
+
+func (p *parser) volumes(n *yaml.Node) error {
+	if n.Kind != yaml.SequenceNode {
+		return p.fail(n.Line, "volumes must be a list of {name, mount_point, filesystem}")
+	}
+	for i, item := range n.Content {
+		var v VolumeConfig
+		where := fmt.Sprintf("volumes.%d", i)
+		p.lines[where] = item.Line
+		err := p.mapping(item, where, fields{
+			"name":        p.text(where+".name", &v.Name),
+			"mount_point": p.text(where+".mount_point", &v.MountPoint),
+			"filesystem":  oneOf(p, where+".filesystem", &v.Filesystem, filesystems...),
+		})
+		if err != nil {
+			return err
+		}
+		p.cfg.Volumes = append(p.cfg.Volumes, v)
+	}
+	return nil
+}
+
+func (p *parser) text(name string, to *string) func(*yaml.Node) error {
+	return func(n *yaml.Node) error {
+		if n.Kind != yaml.ScalarNode || n.Tag != "!!str" || n.Value == "" {
+			return p.fail(n.Line, "%s must be a text, not empty", name)
+		}
+		*to = n.Value
+		return nil
+	}
+}
+
+func (p *parser) texts(name string, to *[]string) func(*yaml.Node) error {
+	return func(n *yaml.Node) error {
+		if n.Kind != yaml.SequenceNode {
+			return p.fail(n.Line, "%s must be a list of texts", name)
+		}
+		for i, item := range n.Content {
+			var s string
+			if err := p.text(fmt.Sprintf("%s.%d", name, i), &s)(item); err != nil {
+				return err
+			}
+			*to = append(*to, s)
+		}
+		return nil
+	}
+}
+
+func oneOf[T ~string](p *parser, name string, to *T, allowed ...string) func(*yaml.Node) error {
+	return func(n *yaml.Node) error {
+		// YAML reads a bare `on` and `off` as booleans in some versions; the
+		// text that was written is what counts.
+		if n.Kind != yaml.ScalarNode || !slices.Contains(allowed, n.Value) {
+			return p.fail(n.Line, "%s is %q (allowed: %s)", name, n.Value, strings.Join(allowed, ", "))
+		}
+		*to = T(n.Value)
+		return nil
+	}
+}
+
+func (p *parser) duration(name string, to *time.Duration) func(*yaml.Node) error {
+	return func(n *yaml.Node) error {
+		d, err := time.ParseDuration(n.Value)
+		if n.Kind != yaml.ScalarNode || err != nil || d < time.Second || d > 24*time.Hour {
+			return p.fail(n.Line, "%s is %q (allowed: a duration from 1s to 24h, as in 90s or 10m)", name, n.Value)
+		}
+		*to = d
+		return nil
+	}
+}
+
+// check holds the fields against one another.
+func (p *parser) check() error {
+	c := &p.cfg
+	if c.KMSKey == "" {
+		return p.fail(0, "kms_key is missing: it is the one field that must be set")
+	}
+	for name, endpoint := range map[string]string{"kms_endpoint": c.KMSEndpoint, "imds_endpoint": c.IMDSEndpoint} {
+		if err := checkEndpoint(endpoint); err != nil {
+			return p.fail(p.lines[name], "%s is %q: %v", name, endpoint, err)
+		}
+	}
+	for _, arn := range c.AllowedKeys {
+		if !strings.HasPrefix(arn, "arn:") || !strings.Contains(arn, ":key/") {
+			return p.fail(p.lines["allowed_keys"], "allowed_keys has %q, want key ARNs (arn:aws:kms:REGION:ACCOUNT:key/ID)", arn)
+		}
+	}
+	names, points := map[string]bool{}, map[string]bool{}
+	for i, v := range c.Volumes {
+		where := fmt.Sprintf("volumes.%d", i)
+		if v.Name == "" {
+			return p.fail(p.lines[where], "%s has no name", where)
+		}
+		if names[v.Name] {
+			return p.fail(p.lines[where+".name"], "volume %q is named twice", v.Name)
+		}
+		names[v.Name] = true
+		if slices.Contains(c.Exclude, v.Name) {
+			return p.fail(p.lines[where+".name"], "volume %q is both in volumes and in exclude", v.Name)
+		}
+		if v.MountPoint == "" {
+			continue
+		}
+		line := p.lines[where+".mount_point"]
+		if err := checkMountPoint(v.MountPoint); err != nil {
+			return p.fail(line, "mount_point is %q: %v", v.MountPoint, err)
+		}
+		if points[v.MountPoint] {
+			return p.fail(line, "mount_point %q is used twice", v.MountPoint)
+		}
+		points[v.MountPoint] = true
+	}
+	dir := c.StateDir
+	if !filepath.IsAbs(dir) || filepath.Clean(dir) != dir || dir == "/" {
+		return p.fail(p.lines["state_dir"], "state_dir is %q, want a clean absolute path", dir)
+	}
+	if strings.HasPrefix(dir, "/run/") || strings.HasPrefix(dir, "/tmp/") || strings.HasPrefix(dir, "/dev/") {
+		return p.fail(p.lines["state_dir"], "state_dir is %q, which does not survive a reboot: the wrapped keys would be lost", dir)
+	}
+	for _, v := range c.Volumes {
+		if v.MountPoint != "" && under(dir, v.MountPoint) {
+			return p.fail(p.lines["state_dir"], "state_dir %s lies under %s, a mount point of a volume that only its records can open", dir, v.MountPoint)
+		}
+	}
+	if automaticMountPoint.MatchString("/" + strings.Split(dir, "/")[1]) {
+		return p.fail(p.lines["state_dir"], "state_dir %s lies under a mount point of a volume that only its records can open", dir)
+	}
+	return nil
+}
+
+// automaticMountPoint matches the mount points that [Decide] gives out.
+var automaticMountPoint = regexp.MustCompile(`^/mnt[0-9]*$`)
+
+// checkEndpoint refuses to send data keys in clear text over a network: plain
+// HTTP is for loopback and link-local addresses, where tests and proxies live.
+func checkEndpoint(endpoint string) error {
+	if endpoint == "" {
+		return nil
+	}
+	u, err := url.Parse(endpoint)
+	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return errors.New("want an URL such as https://HOST[:PORT]")
+	}
+	switch u.Scheme {
+	case "https":
+		return nil
+	case "http":
+		addr, err := netip.ParseAddr(u.Hostname())
+		if err == nil && (addr.IsLoopback() || addr.IsLinkLocalUnicast()) {
+			return nil
+		}
+		return errors.New("plain http is allowed for loopback and link-local addresses only, because answers carry the data key")
+	}
+	return fmt.Errorf("scheme %q is not allowed (allowed: https, http)", u.Scheme)
+}
+
+func checkMountPoint(path string) error {
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path {
+		return errors.New("want a clean absolute path")
+	}
+	switch path {
+	case "/", "/boot", "/boot/efi", "/dev", "/etc", "/proc", "/root", "/run", "/sys", "/usr", "/var":
+		return errors.New("it belongs to the system")
+	}
+	return nil
+}
+
+// under says whether path is dir or lies below it.
+func under(path, dir string) bool {
+	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
+}

@@ -1,0 +1,174 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/systemd"
+	"github.com/luks-kms-agent/luks-kms-agent/volumes"
+)
+
+// lockWait is how long a command waits for another one that holds the records.
+// The boot run may be retrying KMS for longer than that; who waits is told.
+const lockWait = 30 * time.Second
+
+// cloud is what the agent asks of AWS; *keycache.Client has it.
+type cloud interface {
+	Identity(context.Context) (keycache.Identity, error)
+	Ephemeral(context.Context) ([]string, error)
+	CheckKey(context.Context) (keycache.KeyFacts, error)
+	Generate(context.Context) (*keycache.Key, keycache.KeyRecord, error)
+	Decrypt(context.Context, keycache.KeyRecord) (*keycache.Key, error)
+	Calls() keycache.Calls
+}
+
+// disks is what the agent asks of the machine's block devices.
+type disks interface {
+	// Scan lists the disks; ephemeral are IMDS's names of Xen instance store.
+	Scan(ctx context.Context, ephemeral []string) (volumes.Scan, error)
+	// Hold locks a disk against others and checks that it still is the one seen.
+	Hold(context.Context, volumes.Device) (io.Closer, error)
+	// Check tells whether the disk still is the one seen.
+	Check(volumes.Device) error
+}
+
+// mapper makes and removes mappings in the kernel.
+type mapper interface {
+	// Open verifies the header and the key, and maps the volume.
+	Open(context.Context, *luks.Inspection, luks.Key, luks.OpenOptions) error
+	Close(ctx context.Context, name string) error
+	// Path is where an open mapping is read and written.
+	Path(name string) string
+	// Ready tells whether the kernel can map at all.
+	Ready() error
+}
+
+// mounter mounts and unmounts; *systemd.Manager has it.
+type mounter interface {
+	StartMount(context.Context, systemd.Mount) error
+	StopMount(ctx context.Context, where string) error
+	Close()
+}
+
+// Node is one machine under one configuration.
+type Node struct {
+	cfg    Config
+	log    *zap.Logger
+	cloud  cloud
+	disks  disks
+	maps   mapper
+	mounts func(context.Context) (mounter, error)
+	// statusPath is where the outcome of the last run stands for others to read.
+	statusPath string
+	now        func() time.Time
+}
+
+// New joins the rooms for this machine. It touches nothing.
+func New(cfg Config, log *zap.Logger) (*Node, error) {
+	client, err := keycache.New(keycache.Options{
+		KeyID:        cfg.KMSKey,
+		Region:       cfg.Region,
+		KMSEndpoint:  cfg.KMSEndpoint,
+		IMDSEndpoint: cfg.IMDSEndpoint,
+		CallTimeout:  cfg.CallTimeout,
+		RetryLimit:   cfg.RetryLimit,
+		OnRetry: func(r keycache.Retry) {
+			log.Warn("waiting for AWS", zap.String("call", r.Op), zap.Int("attempt", r.Attempt),
+				zap.Duration("next_try_in", r.Wait), zap.Duration("given_up_after", r.Limit), zap.Error(r.Err))
+			systemd.Status(fmt.Sprintf("Waiting for %s, attempt %d: %v", r.Op, r.Attempt, r.Err))
+			systemd.ExtendTimeout(r.Wait + cfg.CallTimeout + time.Minute)
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	named := make([]string, len(cfg.Volumes))
+	for i, v := range cfg.Volumes {
+		named[i] = v.Name
+	}
+	return &Node{
+		cfg:        cfg,
+		log:        log,
+		cloud:      client,
+		disks:      machineDisks{stateDir: cfg.StateDir, named: named},
+		maps:       kernelMapper{},
+		mounts:     func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
+		statusPath: DefaultStatusPath,
+		now:        time.Now,
+	}, nil
+}
+
+// machineDisks are the disks of this machine.
+type machineDisks struct {
+	stateDir string
+	named    []string
+}
+
+func (m machineDisks) Scan(ctx context.Context, ephemeral []string) (volumes.Scan, error) {
+	return volumes.Scanner{StateDir: m.stateDir, Named: m.named, Ephemeral: ephemeral}.Scan(ctx)
+}
+
+func (m machineDisks) Hold(ctx context.Context, d volumes.Device) (io.Closer, error) {
+	return d.Hold(ctx)
+}
+
+func (m machineDisks) Check(d volumes.Device) error { return d.Check() }
+
+// kernelMapper maps through device-mapper.
+type kernelMapper struct{}
+
+func (kernelMapper) Open(ctx context.Context, i *luks.Inspection, k luks.Key, o luks.OpenOptions) error {
+	return i.Open(ctx, k, o)
+}
+
+func (kernelMapper) Path(name string) string { return "/dev/mapper/" + name }
+
+func (kernelMapper) Close(ctx context.Context, name string) error { return luks.Close(ctx, name) }
+
+func (kernelMapper) Ready() error { return luks.Check() }
+
+// lockRecords opens the state directory for writing and keeps other commands out
+// until release is called.
+func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error) {
+	if err := n.checkStateDir(); err != nil {
+		return nil, nil, err
+	}
+	store, err := keycache.OpenStore(n.cfg.StateDir)
+	if err != nil {
+		return nil, nil, err
+	}
+	wait, cancel := context.WithTimeout(ctx, lockWait)
+	defer cancel()
+	release, err := store.Lock(wait)
+	if err != nil {
+		return nil, nil, err
+	}
+	return store, release, nil
+}
+
+// checkStateDir refuses a state directory that a symlink leads somewhere else:
+// where the records really are must be what the scan protects.
+func (n *Node) checkStateDir() error {
+	dir := n.cfg.StateDir
+	for existing := dir; ; existing = filepath.Dir(existing) {
+		real, err := filepath.EvalSymlinks(existing)
+		if os.IsNotExist(err) && existing != "/" {
+			continue
+		}
+		if err != nil {
+			return &keycache.StoreError{Path: dir, Err: err}
+		}
+		if real != existing {
+			return &ConfigError{Path: n.cfg.Path, Err: fmt.Errorf("state_dir is %s, but %s is a symbolic link to %s: name the real place", dir, existing, real)}
+		}
+		return nil
+	}
+}

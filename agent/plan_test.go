@@ -1,0 +1,504 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/volumes"
+)
+
+const (
+	me       = "i-0aaaaaaaaaaaaaaaa"
+	stranger = "i-0bbbbbbbbbbbbbbbb"
+	gib      = int64(1) << 30
+)
+
+// world builds facts in the order in which a story tells them.
+type world struct{ Facts }
+
+func newWorld() *world {
+	return &world{Facts{
+		Config: func() Config { c := defaultConfig("config.yaml"); c.KMSKey = testKey; return c }(),
+		Records: keycache.Records{
+			Keys: map[string]keycache.KeyRecord{}, Volumes: map[string]keycache.VolumeRecord{},
+		},
+		InstanceID: me,
+	}}
+}
+
+func (w *world) key(id, instance string) *world {
+	w.Records.Keys[id] = keycache.KeyRecord{ID: id, KeyARN: testKey, WrappedKey: []byte(id), InstanceID: instance, Created: time.Unix(1, 0)}
+	return w
+}
+
+func (w *world) record(uuid string, state keycache.VolumeState, dev volumes.Device, mountPoint string) *world {
+	w.Records.Volumes[uuid] = keycache.VolumeRecord{
+		UUID: uuid, KeyID: "k1", Class: string(dev.Class), Identity: dev.Identity, Size: dev.Size, State: state,
+		Filesystem: "xfs", MountPoint: mountPoint, Mapping: "luks-" + uuid, InstanceID: me,
+	}
+	return w
+}
+
+func (w *world) device(d volumes.Device, h *luks.Inspection, c *volumes.Content) *world {
+	w.Devices = append(w.Devices, DeviceFacts{Device: d, Header: h, Content: c})
+	return w
+}
+
+func ebs(name, id string) volumes.Device {
+	return volumes.Device{Name: name, Path: "/dev/" + name, Size: gib, Class: volumes.ClassEBS, Identity: id, Serial: strings.Replace(id, "-", "", 1)}
+}
+
+func store(name, serial string) volumes.Device {
+	return volumes.Device{Name: name, Path: "/dev/" + name, Size: gib, Class: volumes.ClassInstanceStore, Identity: serial, Serial: serial}
+}
+
+func open(d volumes.Device, uuid string, mounts ...string) volumes.Device {
+	d.Mappings = []volumes.Mapping{{Name: "luks-" + uuid, Kernel: "dm-0", UUID: "CRYPT-LUKS2-" + strings.ReplaceAll(uuid, "-", "") + "-luks-" + uuid, Mounts: mounts}}
+	d.Uses = []volumes.Use{{Kind: volumes.UseHeld, What: "dm-0", Evidence: "dm-0 is on " + d.Name}}
+	return d
+}
+
+func none() *luks.Inspection        { return &luks.Inspection{Kind: luks.KindNone} }
+func blank() *volumes.Content       { return &volumes.Content{Blank: true} }
+func ext4Content() *volumes.Content { return &volumes.Content{Type: "ext4", Detail: "ext4 filesystem"} }
+
+// ours is a header that cryptsetup wrote and the strict check passed; no other
+// passes. Reasons make it one that was refused.
+func ours(uuid string, reasons ...string) *luks.Inspection {
+	made, _ := headers.LoadOrStore(uuid, sync.OnceValue(func() luks.Inspection { return realHeader(uuid) }))
+	i := made.(func() luks.Inspection)()
+	header, token := *i.Header, *i.Header.Token
+	header.Token, i.Header, i.Reasons = &token, &header, reasons
+	return &i
+}
+
+var headers sync.Map // uuid -> func() luks.Inspection
+
+func realHeader(uuid string) luks.Inspection {
+	dir, err := os.MkdirTemp("", "luks-kms-agent-test")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "disk.img")
+	key, err := keycache.NewKey(bytes.Repeat([]byte{7}, 32))
+	if err == nil {
+		err = errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 20<<20))
+	}
+	if err == nil {
+		err = luks.Format(context.Background(), path, luks.FormatOptions{UUID: uuid, Label: "test", KeyARN: testKey, WrappedKey: []byte("wrapped " + uuid)}, key)
+	}
+	if err != nil {
+		panic(err)
+	}
+	i, err := luks.Inspect(path)
+	if err != nil || !i.Pass() {
+		panic(fmt.Sprint("a header of our own does not pass: ", i, err))
+	}
+	return *i
+}
+
+func kind(k luks.Kind) *luks.Inspection { return &luks.Inspection{Kind: k} }
+
+func foreignLUKS(uuid string) *luks.Inspection {
+	return &luks.Inspection{Kind: luks.KindLUKS2, Header: &luks.Header{UUID: uuid}}
+}
+
+// Rows of the decision table, each as one line of what is expected of the plan.
+func TestDecisionTable(t *testing.T) {
+	vol := ebs("nvme1n1", "vol-1")
+	eph := store("nvme2n1", "AWS1")
+	const a, b = "aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002"
+	recorded := func(state keycache.VolumeState, d volumes.Device) *world {
+		return newWorld().key("k1", me).record(a, state, d, "/mnt")
+	}
+	ready, formatting := keycache.StateReady, keycache.StateFormatting
+
+	for _, tc := range []struct {
+		name  string
+		world *world
+		want  string // verb [refusal] [mount point] then a part of the reason, after ": "
+	}{
+		{"blank EBS", newWorld().device(vol, none(), blank()), "format /mnt: proven blank"},
+		{"blank instance store", newWorld().device(eph, none(), blank()), "format /mnt: proven blank"},
+		{"foreign filesystem", newWorld().device(vol, none(), ext4Content()), "refuse content: ext4 filesystem"},
+		{"content not read", newWorld().device(vol, none(), nil), "refuse device: was not read"},
+		{"header not read", newWorld().device(vol, nil, nil), "refuse device: was not read"},
+		{"foreign LUKS2", newWorld().device(vol, foreignLUKS(b), nil), "refuse content: not ours"},
+		{"LUKS1", newWorld().device(vol, kind(luks.KindLUKS1), nil), "refuse content: LUKS1"},
+		{"torn without record", newWorld().device(vol, kind(luks.KindTorn), nil), "refuse content: remains"},
+		{"no key slots, no record", newWorld().device(vol, kind(luks.KindEmpty), nil), "refuse content: without key slots"},
+		{"ours without record", newWorld().device(vol, ours(a), nil), "adopt /mnt: token"},
+		{"ours, tampered, without record", newWorld().device(vol, ours(a, "cipher is null"), nil), "refuse header: cipher is null"},
+
+		{"formatting, blank", recorded(formatting, vol).device(vol, none(), blank()), "format /mnt: cut"},
+		{"formatting, torn", recorded(formatting, vol).device(vol, kind(luks.KindTorn), nil), "format /mnt: cut"},
+		{"formatting, no key slots", recorded(formatting, vol).device(vol, kind(luks.KindEmpty), nil), "format /mnt: cut"},
+		{"formatting, our UUID", recorded(formatting, vol).device(vol, ours(a), nil), "format /mnt: cut"},
+		{"formatting, our UUID without token", recorded(formatting, vol).device(vol, ours(a, "no token"), nil), "format /mnt: cut"},
+		{"formatting, another UUID", recorded(formatting, vol).device(vol, ours(b), nil), "refuse content: holds LUKS volume " + b},
+		{"formatting, ext4", recorded(formatting, vol).device(vol, none(), ext4Content()), "refuse content: ext4"},
+		{"formatting, LUKS1", recorded(formatting, vol).device(vol, kind(luks.KindLUKS1), nil), "refuse content: LUKS1"},
+		{"formatting, our UUID on another disk", recorded(formatting, vol).device(ebs("nvme9n1", "vol-9"), ours(a), nil), "refuse content: on vol-1"},
+		{"formatting, resized disk", recorded(formatting, vol).device(func() volumes.Device { d := vol; d.Size = 2 * gib; return d }(), none(), blank()), "refuse content: bytes"},
+		{"formatting, left open", recorded(formatting, vol).device(open(vol, a), nil, nil), "format /mnt: cut after it was opened"},
+		{"formatting, yet mounted", recorded(formatting, vol).device(open(vol, a, "/data"), nil, nil), "refuse content: mounted on /data"},
+
+		{"ready", recorded(ready, vol).device(vol, ours(a), nil), "unlock /mnt: recorded ready"},
+		{"ready, tampered", recorded(ready, vol).device(vol, ours(a, "no digest"), nil), "refuse header: no digest"},
+		{"ready, torn", recorded(ready, vol).device(vol, kind(luks.KindTorn), nil), "refuse header: remains"},
+		{"ready, no key slots", recorded(ready, vol).device(vol, kind(luks.KindEmpty), nil), "refuse header: without key slots"},
+		{"ready, another volume", recorded(ready, vol).device(vol, ours(b), nil), "refuse content: holds LUKS volume " + b},
+		{"ready instance store, blank", recorded(ready, eph).device(eph, none(), blank()), "format /mnt: went with a stop"},
+		{"ready instance store, foreign", recorded(ready, eph).device(eph, none(), ext4Content()), "refuse content: ext4"},
+		{"ready EBS, blank", recorded(ready, vol).device(vol, none(), blank()), "refuse content: the disk is blank"},
+		{"ready EBS, foreign", recorded(ready, vol).device(vol, none(), ext4Content()), "refuse content: ext4"},
+		{"ready, unread content", recorded(ready, vol).device(vol, none(), nil), "refuse device: was not read"},
+		{"ready, restored from a snapshot", recorded(ready, vol).device(ebs("nvme1n1", "vol-2"), ours(a), nil), "unlock /mnt: is now on vol-2"},
+		{"ready, key record missing", newWorld().record(a, ready, vol, "/mnt").device(vol, ours(a), nil), "refuse record: k1 is missing"},
+		{"ready, open and mounted", recorded(ready, vol).device(open(vol, a, "/mnt"), nil, nil), "nothing /mnt: mounted on /mnt"},
+		{"ready, open", recorded(ready, vol).device(open(vol, a), nil, nil), "mount /mnt: not mounted"},
+
+		{"record of another instance, token", newWorld().key("k1", stranger).device(vol, ours(a), nil), "adopt /mnt: token"},
+		{"no class", newWorld().device(volumes.Device{Name: "vdb", Path: "/dev/vdb"}, none(), blank()), "leave: neither"},
+		{"in use", newWorld().device(func() volumes.Device {
+			d := vol
+			d.Uses = []volumes.Use{{Kind: volumes.UseSystem, What: "/", Evidence: "/ is on nvme1n1p1"}}
+			return d
+		}(), nil, nil), "leave: / is on nvme1n1p1"},
+		{"in use though named", newWorld().device(func() volumes.Device {
+			d := vol
+			d.Named = "vol-1"
+			d.Uses = []volumes.Use{{Kind: volumes.UseSystem, What: "/", Evidence: "/ is on nvme1n1p1"}}
+			return d
+		}(), nil, nil), "refuse content: / is on nvme1n1p1"},
+		{"held by something else", newWorld().device(open(vol, b), nil, nil), "leave: dm-0"},
+		{"read-only", newWorld().device(func() volumes.Device { d := vol; d.ReadOnly = true; return d }(), none(), blank()), "leave: read-only"},
+		{"ready, read-only", recorded(ready, vol).device(func() volumes.Device { d := vol; d.ReadOnly = true; return d }(), ours(a), nil), "refuse device: read-only"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := Decide(tc.world.Facts)
+			if len(p.Actions) != 1 {
+				t.Fatalf("got %d actions, want 1: %+v", len(p.Actions), p.Actions)
+			}
+			checkAction(t, p.Actions[0], tc.want)
+		})
+	}
+}
+
+func checkAction(t *testing.T, a Action, want string) {
+	t.Helper()
+	head, reason, _ := strings.Cut(want, ": ")
+	got := string(a.Verb)
+	if a.Refusal != "" {
+		got += " " + string(a.Refusal)
+	} else if a.Verb != Leave {
+		got += " " + a.Volume.MountPoint
+	}
+	if got != head || !strings.Contains(a.Reason, reason) {
+		t.Errorf("got  %s: %s\nwant %s: …%s…", got, a.Reason, head, reason)
+	}
+}
+
+func TestUnreadableDiskIsRefusedNotBlank(t *testing.T) {
+	w := newWorld()
+	w.Devices = []DeviceFacts{{Device: ebs("nvme1n1", "vol-1"), Err: errors.New("input/output error")}}
+	checkAction(t, Decide(w.Facts).Actions[0], "refuse device: input/output error")
+}
+
+func TestUnreadableRecordStopsFormattingButNotUnlocking(t *testing.T) {
+	const a = "aaaaaaaa-0000-4000-8000-000000000001"
+	w := newWorld().key("k1", me).record(a, keycache.StateReady, ebs("nvme1n1", "vol-1"), "/mnt").
+		device(ebs("nvme1n1", "vol-1"), ours(a), nil).
+		device(ebs("nvme2n1", "vol-2"), none(), blank())
+	w.Records.Problems = []keycache.RecordError{{Path: "volumes/x.json", ID: "x", Kind: "volume", Err: errors.New("truncated")}}
+	p := Decide(w.Facts)
+	checkAction(t, p.Actions[0], "refuse record: truncated")
+	checkAction(t, p.Actions[1], "unlock /mnt: ready")
+	checkAction(t, p.Actions[2], "refuse record: nothing is formatted")
+}
+
+func TestTwinsAreBothRefused(t *testing.T) {
+	const a = "aaaaaaaa-0000-4000-8000-000000000001"
+	w := newWorld().key("k1", me).record(a, keycache.StateReady, ebs("nvme1n1", "vol-1"), "/mnt").
+		device(ebs("nvme1n1", "vol-1"), ours(a), nil).device(ebs("nvme2n1", "vol-2"), ours(a), nil)
+	for _, act := range Decide(w.Facts).Actions {
+		checkAction(t, act, "refuse content: /dev/nvme1n1 (vol-1) and /dev/nvme2n1 (vol-2) show the same LUKS UUID "+a)
+	}
+	w.Devices[0] = DeviceFacts{Device: open(ebs("nvme1n1", "vol-1"), a, "/mnt")}
+	p := Decide(w.Facts)
+	checkAction(t, p.Actions[0], "nothing /mnt: mounted")
+	checkAction(t, p.Actions[1], "refuse content: same LUKS UUID")
+}
+
+func TestRecordsOfAnotherInstanceAreQuarantined(t *testing.T) {
+	w := newWorld().key("k1", stranger).key("k2", me)
+	w.Records.Volumes["v1"] = keycache.VolumeRecord{UUID: "v1", KeyID: "k1", InstanceID: stranger, State: keycache.StateReady}
+	p := Decide(w.Facts)
+	if !slices.Equal(p.QuarantineKeys, []string{"k1"}) || !slices.Equal(p.QuarantineVolumes, []string{"v1"}) || !p.Changes() {
+		t.Errorf("got %+v", p)
+	}
+	if len(p.Actions) != 0 {
+		t.Errorf("a stranger's volume is missed: %+v", p.Actions)
+	}
+}
+
+func TestMountPointsAreStable(t *testing.T) {
+	const a = "aaaaaaaa-0000-4000-8000-000000000001"
+	w := newWorld().key("k1", me).record(a, keycache.StateReady, ebs("nvme9n1", "vol-9"), "/mnt1")
+	w.Config.Volumes = []VolumeConfig{{Name: "/dev/nvme4n1", MountPoint: "/data"}}
+	w.device(ebs("nvme1n1", "vol-1"), none(), blank()).
+		device(store("nvme2n1", "AWS2"), none(), blank()).
+		device(store("nvme3n1", "AWS3"), none(), blank()).
+		device(ebs("nvme4n1", "vol-4"), none(), blank()).
+		device(ebs("nvme9n1", "vol-9"), ours(a), nil)
+	got := map[string]string{}
+	for _, act := range Decide(w.Facts).Actions {
+		got[act.Device.Identity] = act.Volume.MountPoint
+	}
+	want := map[string]string{"AWS2": "/mnt", "AWS3": "/mnt2", "vol-1": "/mnt3", "vol-4": "/data", "vol-9": "/mnt1"}
+	if !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+func TestMountPointsFollowEC2Names(t *testing.T) {
+	first, second := ebs("nvme1n1", "vol-1"), ebs("nvme2n1", "vol-2")
+	first.EC2Name, second.EC2Name = "sdg", "sdf"
+	got := Decide(newWorld().device(first, none(), blank()).device(second, none(), blank()).Facts)
+	if got.Actions[0].Device.EC2Name != "sdf" || got.Actions[0].Volume.MountPoint != "/mnt" {
+		t.Errorf("sdf is not the first: %+v", got.Actions[0])
+	}
+}
+
+func TestReplacedInstanceStoreKeepsItsMountPoint(t *testing.T) {
+	const a = "aaaaaaaa-0000-4000-8000-000000000001"
+	w := newWorld().key("k1", me).record(a, keycache.StateReady, store("nvme1n1", "AWS-old"), "/mnt5").
+		device(store("nvme1n1", "AWS-new"), none(), blank())
+	p := Decide(w.Facts)
+	if len(p.Actions) != 1 || !slices.Equal(p.Actions[0].Replaces, []string{a}) {
+		t.Fatalf("got %+v", p.Actions)
+	}
+	checkAction(t, p.Actions[0], "format /mnt5: takes the place of "+a)
+}
+
+func TestLostVolumesAreNamed(t *testing.T) {
+	const a = "aaaaaaaa-0000-4000-8000-000000000001"
+	w := newWorld().key("k1", me).record(a, keycache.StateReady, ebs("nvme1n1", "vol-1"), "/mnt")
+	w.Missing = []volumes.Missing{{Name: "/dev/loop7", Reason: "it is not there"}}
+	p := Decide(w.Facts)
+	checkAction(t, p.Actions[0], "refuse device: /dev/loop7")
+	checkAction(t, p.Actions[1], "refuse device: no disk shows it")
+	// A blank EBS volume is no replacement for a lost one.
+	p = Decide(w.device(ebs("nvme3n1", "vol-3"), none(), blank()).Facts)
+	if len(p.Actions) != 3 || len(p.Actions[0].Replaces) > 0 {
+		t.Errorf("got %+v", p.Actions)
+	}
+}
+
+func TestPolicies(t *testing.T) {
+	const a = "aaaaaaaa-0000-4000-8000-000000000001"
+	w := newWorld().key("k1", me).record(a, keycache.StateReady, ebs("nvme1n1", "vol-1"), "/mnt").
+		device(ebs("nvme1n1", "vol-1"), ours(a), nil).device(ebs("nvme2n1", "vol-2"), none(), blank()).
+		device(store("nvme3n1", "AWS3"), none(), blank())
+	w.Config.EBS, w.Config.InstanceStore = PolicyUnlock, PolicyIgnore
+	w.Config.Exclude = nil
+	p := Decide(w.Facts)
+	checkAction(t, p.Actions[0], "leave: instance_store: ignore")
+	checkAction(t, p.Actions[1], "unlock /mnt: ready")
+	checkAction(t, p.Actions[2], "leave: ebs: unlock")
+	w.Config.Exclude = []string{"vol-1"}
+	checkAction(t, Decide(w.Facts).Actions[1], "leave: excluded by the configuration (vol-1)")
+}
+
+func TestKeysByScope(t *testing.T) {
+	w := newWorld().key("k1", me).device(ebs("nvme1n1", "vol-1"), none(), blank()).device(ebs("nvme2n1", "vol-2"), none(), blank())
+	ids := func() (got []string) {
+		for _, a := range Decide(w.Facts).Actions {
+			got = append(got, a.Volume.KeyID)
+		}
+		return got
+	}
+	if got := ids(); !slices.Equal(got, []string{"k1", "k1"}) {
+		t.Errorf("node scope: got %q", got)
+	}
+	w.Config.KeyScope = ScopeVolume
+	if got := ids(); !slices.Equal(got, []string{"k1", ""}) {
+		t.Errorf("volume scope: got %q", got)
+	}
+	w.Config.KeyScope = ScopeNode
+	w.Config.KMSKey = strings.Replace(testKey, "0987", "1111", 1)
+	if got := ids(); !slices.Equal(got, []string{"", ""}) {
+		t.Errorf("another KMS key: got %q", got)
+	}
+}
+
+func TestAdoptionAsksOnlyAboutAllowedKeys(t *testing.T) {
+	other := strings.Replace(testKey, "0987", "1111", 1)
+	in := ours("aaaaaaaa-0000-4000-8000-000000000001")
+	in.Header.Token.KeyARN = other
+	w := newWorld().device(ebs("nvme1n1", "vol-1"), in, nil)
+	checkAction(t, Decide(w.Facts).Actions[0], "refuse content: does not allow")
+	w.Config.AllowedKeys = []string{other}
+	checkAction(t, Decide(w.Facts).Actions[0], "adopt /mnt: token")
+	w.Config.AllowedKeys, w.Config.KMSKey = nil, "alias/data"
+	checkAction(t, Decide(w.Facts).Actions[0], "refuse content: does not allow")
+}
+
+// The invariants of the decision table, over worlds that nobody thought of.
+func TestPlanInvariants(t *testing.T) {
+	uuids := []string{"aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002", "cccccccc-0000-4000-8000-000000000003"}
+	rapid.Check(t, func(t *rapid.T) {
+		w := newWorld()
+		pick := func(label string, n int) int { return rapid.IntRange(0, n-1).Draw(t, label) }
+		if pick("key", 4) > 0 {
+			w.key("k1", []string{me, stranger}[pick("key instance", 2)])
+		}
+		if pick("problem", 8) == 0 {
+			w.Records.Problems = []keycache.RecordError{{Path: "p", ID: "k1", Kind: "key", Err: errors.New("corrupt")}}
+		}
+		w.Config.EBS = []Policy{PolicyFormat, PolicyUnlock, PolicyIgnore}[pick("policy", 3)]
+		for i := range rapid.IntRange(0, 4).Draw(t, "devices") {
+			name := fmt.Sprintf("nvme%dn1", i+1)
+			d := ebs(name, fmt.Sprintf("vol-%d", pick("identity", 5)))
+			if pick("class", 2) == 0 {
+				d = store(name, fmt.Sprintf("AWS%d", pick("serial", 5)))
+			}
+			uuid := uuids[pick("uuid", 3)]
+			d.ReadOnly = pick("ro", 8) == 0
+			f := DeviceFacts{Device: d}
+			switch pick("content", 10) {
+			case 0:
+				f.Header, f.Content = none(), blank()
+			case 1:
+				f.Header, f.Content = none(), ext4Content()
+			case 2:
+				f.Header = ours(uuid)
+			case 3:
+				f.Header = ours(uuid, "bad")
+			case 4:
+				f.Header = kind(luks.KindTorn)
+			case 5:
+				f.Header = kind(luks.KindEmpty)
+			case 6:
+				f.Err = errors.New("input/output error")
+			case 7:
+				f.Header = foreignLUKS(uuid)
+			case 8:
+				f.Device = open(d, uuid, []string{"/mnt", "/data"}[:pick("mounts", 3)]...)
+			case 9:
+				f.Uses = []volumes.Use{{Kind: volumes.UseSystem, What: "/", Evidence: "/ is here"}}
+			}
+			w.Devices = append(w.Devices, f)
+		}
+		for range rapid.IntRange(0, 3).Draw(t, "records") {
+			d := ebs("", fmt.Sprintf("vol-%d", pick("identity", 5)))
+			if pick("class", 2) == 0 {
+				d = store("", fmt.Sprintf("AWS%d", pick("serial", 5)))
+			}
+			uuid := uuids[pick("uuid", 3)]
+			w.record(uuid, []keycache.VolumeState{keycache.StateReady, keycache.StateFormatting}[pick("state", 2)], d, "/mnt")
+			if pick("instance", 4) == 0 {
+				rec := w.Records.Volumes[uuid]
+				rec.InstanceID = stranger
+				w.Records.Volumes[uuid] = rec
+			}
+		}
+
+		p := Decide(w.Facts)
+		if fmt.Sprint(Decide(w.Facts)) != fmt.Sprint(p) {
+			t.Fatal("equal facts gave different plans")
+		}
+		devices, points := map[string]bool{}, map[string]bool{}
+		for _, a := range p.Actions {
+			if a.Reason == "" {
+				t.Fatalf("%s without a reason", a.Verb)
+			}
+			if a.Device.Path != "" {
+				if devices[a.Device.Path] {
+					t.Fatalf("two actions for %s", a.Device.Path)
+				}
+				devices[a.Device.Path] = true
+			}
+			checkSafe(t, w.Facts, a)
+			if a.Verb == Format && !a.Resume {
+				if points[a.Volume.MountPoint] || a.Volume.MountPoint == "" {
+					t.Fatalf("mount point %q is given out twice or not at all", a.Volume.MountPoint)
+				}
+				points[a.Volume.MountPoint] = true
+			}
+		}
+		if len(devices) != len(w.Devices) {
+			t.Fatalf("%d devices, actions for %d", len(w.Devices), len(devices))
+		}
+	})
+}
+
+// checkSafe holds one action against the rules that no action may break.
+func checkSafe(t *rapid.T, f Facts, a Action) {
+	d := a.Device
+	boot := slices.ContainsFunc(d.Uses, func(u volumes.Use) bool { return u.Kind == volumes.UseSystem })
+	if a.Verb.acts() && a.Verb != Mount && (boot || d.ReadOnly || d.Err != nil) {
+		t.Fatalf("%s of a disk that is in use, read-only or unreadable: %+v", a.Verb, a)
+	}
+	if a.Verb != Format {
+		return
+	}
+	if len(f.Records.Problems) > 0 {
+		t.Fatalf("format while a record cannot be read: %+v", a)
+	}
+	isBlank := d.Content != nil && d.Content.Blank
+	for uuid, rec := range f.Records.Volumes {
+		if rec.InstanceID != f.InstanceID || rec.State != keycache.StateReady {
+			continue
+		}
+		shows := d.Header != nil && d.Header.Header != nil && d.Header.Header.UUID == uuid
+		_, isOpen := ourMapping(d.Device, rec)
+		if shows || isOpen {
+			t.Fatalf("format of ready volume %s: %+v", uuid, a)
+		}
+		if sameDisk(rec, d.Device) && !(isBlank && d.Class == volumes.ClassInstanceStore) {
+			t.Fatalf("format of the disk of ready volume %s: %+v", uuid, a)
+		}
+	}
+	if a.Resume {
+		rec, ok := f.Records.Volumes[a.Volume.UUID]
+		if !ok || rec.State != keycache.StateFormatting || rec.InstanceID != f.InstanceID {
+			t.Fatalf("resumed without a formatting record: %+v", a)
+		}
+		if a.OpenAs == "" && (!sameDisk(rec, d.Device) || rec.Size != d.Size) {
+			t.Fatalf("resumed on another disk: %+v", a)
+		}
+		return
+	}
+	if !isBlank || d.Class == volumes.ClassEBS && f.Config.EBS != PolicyFormat {
+		t.Fatalf("format of what is not proven blank, or against policy: %+v", a)
+	}
+}
+
+func BenchmarkDecide(b *testing.B) {
+	w := newWorld().key("k1", me)
+	for i := range 24 {
+		uuid, d := fmt.Sprintf("aaaaaaaa-0000-4000-8000-%012d", i), ebs(fmt.Sprintf("nvme%dn1", i+1), fmt.Sprintf("vol-%d", i))
+		w.record(uuid, keycache.StateReady, d, automaticName(i)).device(open(d, uuid), nil, nil)
+	}
+	for b.Loop() {
+		if p := Decide(w.Facts); len(p.Actions) != 24 {
+			b.Fatal("not 24 actions")
+		}
+	}
+}

@@ -1,0 +1,224 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"go.uber.org/zap"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/systemd"
+	"github.com/luks-kms-agent/luks-kms-agent/volumes"
+)
+
+// Plan observes the node and decides, and changes nothing. Records are read
+// without a lock: a plan made beside a running command may be out of date.
+func (n *Node) Plan(ctx context.Context) (Plan, error) {
+	if err := n.checkStateDir(); err != nil {
+		return Plan{}, err
+	}
+	store, err := keycache.ViewStore(n.cfg.StateDir)
+	if err != nil {
+		return Plan{}, err
+	}
+	facts, err := n.observe(ctx, store, nil)
+	if err != nil {
+		return Plan{}, err
+	}
+	return Decide(facts), nil
+}
+
+// Run brings the node to where its configuration wants it: blank volumes
+// formatted, ours open and mounted. The report has an outcome for each device; the
+// error is for what stopped the run as a whole.
+func (n *Node) Run(ctx context.Context) (Report, error) {
+	return n.carryOut(ctx, nil)
+}
+
+// Unlock opens and mounts volumes and never formats. The names are those of
+// [Node.Lock]; none means all.
+func (n *Node) Unlock(ctx context.Context, names []string) (Report, error) {
+	return n.carryOut(ctx, func(p Plan) (Plan, error) {
+		var kept []Action
+		for _, a := range p.Actions {
+			if len(names) == 0 && a.Verb != Format || slices.ContainsFunc(names, a.is) {
+				kept = append(kept, a)
+			}
+		}
+		for _, name := range names {
+			if !slices.ContainsFunc(kept, func(a Action) bool { return a.is(name) }) {
+				return p, &UnknownVolumeError{Name: name}
+			}
+		}
+		for i := range kept {
+			if a := &kept[i]; a.Verb == Format {
+				a.Verb, a.Refusal = Refuse, RefusedContent
+				a.Reason = "it is not a volume of ours yet: " + a.Reason
+			}
+		}
+		p.Actions = kept
+		return p, nil
+	})
+}
+
+// carryOut is observe, decide, apply and write down.
+func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error)) (report Report, err error) {
+	report = Report{Started: n.now()}
+	defer func() {
+		report.Finished = n.now()
+		report.Calls = n.cloud.Calls()
+		if werr := writeStatus(n.statusPath, newStatus(report, err)); werr != nil {
+			n.log.Warn("cannot write the status", zap.Error(werr))
+		}
+	}()
+	store, release, err := n.lockRecords(ctx)
+	if err != nil {
+		return report, err
+	}
+	defer release()
+	keys := newKeyring(ctx, n.cloud)
+	defer keys.wipe()
+	systemd.Status("Looking at disks, records and identity")
+	facts, err := n.observe(ctx, store, keys)
+	if err != nil {
+		return report, err
+	}
+	report.InstanceID = facts.InstanceID
+	plan := Decide(facts)
+	if choose != nil {
+		if plan, err = choose(plan); err != nil {
+			return report, err
+		}
+	}
+	n.logPlan(plan)
+	systemd.Status(fmt.Sprintf("Carrying out the plan for %d devices", len(plan.Actions)))
+	report.Outcomes = n.apply(ctx, store, facts, plan, keys)
+	n.logOutcomes(report)
+	return report, nil
+}
+
+func (n *Node) logPlan(p Plan) {
+	for _, a := range p.Actions {
+		n.log.Info("plan", zap.String("action", string(a.Verb)), zap.String("device", a.Device.Path),
+			zap.String("class", string(a.Device.Class)), zap.String("identity", a.Device.Identity),
+			zap.String("mount_point", a.Volume.MountPoint), zap.String("reason", a.Reason))
+	}
+}
+
+func (n *Node) logOutcomes(r Report) {
+	for _, o := range r.Outcomes {
+		if !o.Action.Verb.acts() && o.Err == nil {
+			continue
+		}
+		fields := []zap.Field{
+			zap.String("action", string(o.Action.Verb)), zap.String("device", o.Action.Device.Path),
+			zap.String("volume", o.Action.Volume.UUID), zap.String("mount_point", o.Action.Volume.MountPoint),
+			zap.Duration("took", o.Took),
+		}
+		if o.Err != nil {
+			n.log.Error("failed", append(fields, zap.Error(o.Err))...)
+		} else {
+			n.log.Info("done", fields...)
+		}
+	}
+}
+
+// UnknownVolumeError is a volume that was named and is not there.
+type UnknownVolumeError struct{ Name string }
+
+func (e *UnknownVolumeError) Error() string {
+	return fmt.Sprintf("cannot find volume %q: no device, LUKS UUID, mapping, mount point, serial or volume id has that name", e.Name)
+}
+
+// is says whether a person means this action's volume by name.
+func (a Action) is(name string) bool {
+	if a.Device.Path != "" && a.Device.Is(name) {
+		return true
+	}
+	v := a.Volume
+	return name != "" && (name == v.UUID || name == v.Mapping || name == "/dev/mapper/"+v.Mapping || name == v.MountPoint || name == v.Identity)
+}
+
+// Locked is what Lock did with one volume.
+type Locked struct {
+	Volume keycache.VolumeRecord
+	Device string
+	Err    error
+}
+
+// Lock unmounts and closes volumes. A volume is named by device, link, serial, EBS
+// volume id, LUKS UUID, mapping or mount point; none means all that are open.
+// Volumes in use are an error of theirs and the others are locked all the same.
+func (n *Node) Lock(ctx context.Context, names []string) ([]Locked, error) {
+	store, release, err := n.lockRecords(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	records, err := store.Load()
+	if err != nil {
+		return nil, err
+	}
+	scan, err := n.disks.Scan(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	type target struct {
+		Action
+		mapping volumes.Mapping
+	}
+	var targets []target
+	found := map[string]bool{}
+	for _, id := range sortedKeys(records.Volumes) {
+		rec := records.Volumes[id]
+		t := target{Action: Action{Volume: rec}}
+		for _, d := range scan.Devices {
+			if m, ok := ourMapping(d, rec); ok {
+				t.Device.Device, t.mapping = d, m
+			} else if t.Device.Path == "" && sameDisk(rec, d) {
+				t.Device.Device = d
+			}
+		}
+		named := slices.ContainsFunc(names, func(name string) bool {
+			found[name] = found[name] || t.is(name)
+			return t.is(name)
+		})
+		if t.mapping.Name != "" && (named || len(names) == 0) {
+			targets = append(targets, t)
+		}
+	}
+	for _, name := range names {
+		if !found[name] {
+			return nil, &UnknownVolumeError{Name: name}
+		}
+	}
+	connect, disconnect := n.connectOnce(ctx)
+	defer disconnect()
+	locked := make([]Locked, len(targets))
+	for i, t := range targets {
+		locked[i] = Locked{Volume: t.Volume, Device: t.Device.Path, Err: n.lockOne(ctx, connect, t.mapping)}
+	}
+	return locked, nil
+}
+
+func (n *Node) lockOne(ctx context.Context, connect func() (mounter, error), m volumes.Mapping) error {
+	if len(m.Mounts) > 0 {
+		mounts, err := connect()
+		if err != nil {
+			return err
+		}
+		// The innermost mount last found is unmounted first.
+		for _, where := range slices.Backward(m.Mounts) {
+			if err := mounts.StopMount(ctx, where); err != nil {
+				return err
+			}
+		}
+	}
+	if err := n.maps.Close(ctx, m.Name); err != nil && !errors.Is(err, luks.ErrNotOpen) {
+		return err
+	}
+	return nil
+}

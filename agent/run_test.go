@@ -1,0 +1,826 @@
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/systemd"
+	"github.com/luks-kms-agent/luks-kms-agent/volumes"
+)
+
+// machine is a node whose disks are image files and whose KMS and IMDS are
+// servers that behave. cryptsetup, blkid and mkfs are the real ones, and so are
+// records, headers and keys. Only what needs a kernel of one's own is stood in
+// for: mappings, mounts, and the lock on a device node.
+type machine struct {
+	t       *testing.T
+	dir     string
+	kms     *kmstest.KMS
+	imds    *kmstest.IMDS
+	cfg     Config
+	devices []volumes.Device
+	missing []volumes.Missing
+	errScan error
+	held    map[string]bool
+
+	mu     sync.Mutex
+	open   map[string]string // mapping name -> device path
+	mounts map[string]string // mount point -> mapping path
+	// fail is asked before each mapping, hold and mount; tests cut there.
+	fail func(step, what string) error
+}
+
+func newMachine(t *testing.T) *machine {
+	t.Helper()
+	t.Parallel()
+	m := &machine{
+		t: t, dir: t.TempDir(), kms: kmstest.NewKMS(t), imds: kmstest.NewIMDS(t),
+		open: map[string]string{}, mounts: map[string]string{}, held: map[string]bool{},
+		fail: func(string, string) error { return nil },
+	}
+	m.cfg = defaultConfig("config.yaml")
+	m.cfg.KMSKey, m.cfg.KMSEndpoint, m.cfg.IMDSEndpoint = m.kms.ARN(), m.kms.URL(), m.imds.URL()
+	m.cfg.Filesystem, m.cfg.StateDir = "ext4", filepath.Join(m.dir, "state")
+	m.cfg.RetryLimit, m.cfg.CallTimeout = 300*time.Millisecond, 300*time.Millisecond
+	if err := os.Mkdir(filepath.Join(m.dir, "mapper"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// disk adds a blank disk of 40 MiB.
+func (m *machine) disk(class volumes.Class, identity string) volumes.Device {
+	m.t.Helper()
+	path := filepath.Join(m.dir, identity+".img")
+	f, err := os.Create(path)
+	if err == nil {
+		err = errors.Join(f.Truncate(40<<20), f.Close())
+	}
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	d := volumes.Device{Name: identity, Path: path, Size: 40 << 20, LogicalSectorSize: 512, Class: class, Identity: identity, Serial: identity}
+	m.devices = append(m.devices, d)
+	return d
+}
+
+// node is the agent as a new process would find the machine.
+func (m *machine) node() *Node {
+	m.t.Helper()
+	n, err := New(m.cfg, zap.NewNop())
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	n.disks, n.maps, n.statusPath = m, m, filepath.Join(m.dir, "run", "status.json")
+	n.mounts = func(context.Context) (mounter, error) { return m.mounter(), nil }
+	return n
+}
+
+func (m *machine) run() Report {
+	m.t.Helper()
+	r, err := m.node().Run(m.t.Context())
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return r
+}
+
+// runOK runs and wants every action to have gone well.
+func (m *machine) runOK() Report {
+	m.t.Helper()
+	r := m.run()
+	for _, o := range r.Outcomes {
+		if o.Err != nil {
+			m.t.Errorf("%s %s: %v", o.Action.Verb, o.Action.Device.Path, o.Err)
+		}
+	}
+	return r
+}
+
+// reboot is what the kernel forgets.
+func (m *machine) reboot() {
+	m.t.Helper()
+	for name := range m.open {
+		if err := os.Remove(m.Path(name)); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+	clear(m.open)
+	clear(m.mounts)
+}
+
+func (m *machine) Scan(context.Context, []string) (volumes.Scan, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := volumes.Scan{Missing: m.missing}
+	for _, d := range m.devices {
+		for name, path := range m.open {
+			if path != d.Path {
+				continue
+			}
+			uuid := strings.TrimPrefix(name, "luks-")
+			mapping := volumes.Mapping{Name: name, UUID: "CRYPT-LUKS2-" + strings.ReplaceAll(uuid, "-", "") + "-" + name}
+			for where, what := range m.mounts {
+				if what == m.Path(name) {
+					mapping.Mounts = append(mapping.Mounts, where)
+				}
+			}
+			d.Mappings = append(d.Mappings, mapping)
+			d.Uses = append(d.Uses, volumes.Use{Kind: volumes.UseHeld, What: name, Evidence: name + " is on it"})
+		}
+		out.Devices = append(out.Devices, d)
+	}
+	return out, m.errScan
+}
+
+func (m *machine) Hold(_ context.Context, d volumes.Device) (io.Closer, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.fail("hold", d.Identity); err != nil {
+		return nil, err
+	}
+	if m.held[d.Path] {
+		return nil, fmt.Errorf("cannot hold %s: held already", d.Path)
+	}
+	m.held[d.Path] = true
+	return release(func() { m.mu.Lock(); delete(m.held, d.Path); m.mu.Unlock() }), nil
+}
+
+type release func()
+
+func (r release) Close() error { r(); return nil }
+
+func (m *machine) Check(d volumes.Device) error { return m.fail("check", d.Identity) }
+
+func (m *machine) Ready() error { return m.fail("kernel", "") }
+
+func (m *machine) Path(name string) string { return filepath.Join(m.dir, "mapper", name) }
+
+// Open really verifies; what it then shows is a file that belongs to this very
+// key slot, so that a volume that was formatted again is another volume.
+func (m *machine) Open(_ context.Context, i *luks.Inspection, k luks.Key, o luks.OpenOptions) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.fail("open", i.Path); err != nil {
+		return err
+	}
+	if err := i.Verify(k); err != nil {
+		return err
+	}
+	if m.open[o.Name] != "" {
+		return fmt.Errorf("cannot map %s: it exists", o.Name)
+	}
+	slot := make([]byte, 4<<10) // the key slot's material is made anew by every format
+	f, err := os.Open(i.Path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.ReadAt(slot, 32<<10); err != nil {
+		return err
+	}
+	plain := fmt.Sprintf("%s.%x", i.Path, sha256.Sum256(slot))
+	p, err := os.OpenFile(plain, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(p.Truncate(24<<20), p.Close(), os.Symlink(plain, m.Path(o.Name))); err != nil {
+		return err
+	}
+	m.open[o.Name] = i.Path
+	return nil
+}
+
+// plain is what the newest header of a disk shows when it is open.
+func (m *machine) plain(identity string) string {
+	m.t.Helper()
+	files, err := filepath.Glob(filepath.Join(m.dir, identity+".img.*"))
+	if err != nil || len(files) == 0 {
+		m.t.Fatalf("%s was never opened (%v)", identity, err)
+	}
+	return slices.MaxFunc(files, func(a, b string) int {
+		sa, _ := os.Stat(a)
+		sb, _ := os.Stat(b)
+		return sa.ModTime().Compare(sb.ModTime())
+	})
+}
+
+func (m *machine) Close(_ context.Context, name string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.open[name] == "" {
+		return fmt.Errorf("cannot close %s: %w", name, luks.ErrNotOpen)
+	}
+	for _, what := range m.mounts {
+		if what == m.Path(name) {
+			return fmt.Errorf("cannot close %s: %w", name, luks.ErrBusy)
+		}
+	}
+	delete(m.open, name)
+	return os.Remove(m.Path(name))
+}
+
+func (m *machine) mounter() mounter { return machineMounts{m} }
+
+type machineMounts struct{ *machine }
+
+func (m machineMounts) StartMount(_ context.Context, u systemd.Mount) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.fail("mount", u.Where); err != nil {
+		return err
+	}
+	if other := m.mounts[u.Where]; other != "" && other != u.What {
+		return &systemd.MountError{What: u.What, Where: u.Where, Result: "already mounted"}
+	}
+	found, err := volumes.Filesystem(context.Background(), u.What)
+	if err != nil {
+		return err
+	}
+	if found.Type != u.Type {
+		return &systemd.MountError{What: u.What, Where: u.Where, Err: fmt.Errorf("it holds %q, want %s", found.Type, u.Type)}
+	}
+	m.mounts[u.Where] = u.What
+	return nil
+}
+
+func (m machineMounts) StopMount(_ context.Context, where string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.mounts, where)
+	return nil
+}
+
+func (m machineMounts) Close() {}
+
+// sums are the checksums of the disks that exist now.
+func (m *machine) sums() map[string][32]byte {
+	m.t.Helper()
+	out := map[string][32]byte{}
+	for _, d := range m.devices {
+		data, err := os.ReadFile(d.Path)
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		out[d.Identity] = sha256.Sum256(data)
+	}
+	return out
+}
+
+// untouched wants the disks to be as they were.
+func (m *machine) untouched(before map[string][32]byte) {
+	m.t.Helper()
+	for identity, sum := range m.sums() {
+		if sum != before[identity] {
+			m.t.Errorf("disk %s was written to", identity)
+		}
+	}
+}
+
+func (m *machine) records() keycache.Records {
+	m.t.Helper()
+	s, err := keycache.ViewStore(m.cfg.StateDir)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	r, err := s.Load()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return r
+}
+
+func (m *machine) calls(want map[string]int) {
+	m.t.Helper()
+	for _, op := range []string{"GenerateDataKey", "Decrypt"} {
+		if got := m.kms.Count(op); got != want[op] {
+			m.t.Errorf("%s was called %d times, want %d", op, got, want[op])
+		}
+	}
+}
+
+func TestFirstBootThenReboot(t *testing.T) {
+	m := newMachine(t)
+	for i, class := range []volumes.Class{volumes.ClassInstanceStore, volumes.ClassInstanceStore, volumes.ClassEBS, volumes.ClassExplicit} {
+		m.disk(class, fmt.Sprintf("disk%d", i))
+	}
+	m.runOK()
+	m.calls(map[string]int{"GenerateDataKey": 1, "Decrypt": 1})
+	for _, where := range []string{"/mnt", "/mnt1", "/mnt2", "/mnt3"} {
+		if m.mounts[where] == "" {
+			t.Errorf("nothing is mounted on %s", where)
+		}
+	}
+	if r := m.records(); len(r.Keys) != 1 || len(r.Volumes) != 4 {
+		t.Fatalf("got %d key and %d volume records, want 1 and 4", len(r.Keys), len(r.Volumes))
+	} else {
+		for _, v := range r.Volumes {
+			if v.State != keycache.StateReady {
+				t.Errorf("volume %s is %s", v.UUID, v.State)
+			}
+		}
+	}
+	mounts := fmt.Sprint(m.mounts)
+	before := m.sums()
+
+	r := m.runOK()
+	if slices.ContainsFunc(r.Outcomes, func(o Outcome) bool { return o.Action.Verb != Nothing }) {
+		t.Error("a second run found something to do")
+	}
+	m.calls(map[string]int{"GenerateDataKey": 1, "Decrypt": 1})
+
+	m.reboot()
+	r = m.runOK()
+	m.calls(map[string]int{"GenerateDataKey": 1, "Decrypt": 2})
+	if got := fmt.Sprint(m.mounts); got != mounts {
+		t.Errorf("mounts after the reboot: %s, before: %s", got, mounts)
+	}
+	for _, o := range r.Outcomes {
+		if o.Action.Verb != Unlock {
+			t.Errorf("%s %s after a reboot", o.Action.Verb, o.Action.Device.Path)
+		}
+	}
+	m.untouched(before)
+}
+
+func TestKeyScopeVolume(t *testing.T) {
+	m := newMachine(t)
+	m.cfg.KeyScope = ScopeVolume
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.disk(volumes.ClassEBS, "vol-2")
+	m.runOK()
+	m.calls(map[string]int{"GenerateDataKey": 2, "Decrypt": 2})
+	if r := m.records(); len(r.Keys) != 2 {
+		t.Errorf("got %d key records, want 2", len(r.Keys))
+	}
+	m.reboot()
+	m.runOK()
+	m.calls(map[string]int{"GenerateDataKey": 2, "Decrypt": 4})
+}
+
+// What KMS, IMDS or the machine refuse ends before a disk is touched.
+func TestNothingIsTouchedWithoutAKey(t *testing.T) {
+	for name, tc := range map[string]struct {
+		set    func(*machine)
+		reason keycache.Reason
+	}{
+		"denied":              {func(m *machine) { m.kms.Deny("GenerateDataKey") }, keycache.ReasonDenied},
+		"decrypt denied":      {func(m *machine) { m.kms.Deny("Decrypt") }, keycache.ReasonDenied},
+		"disabled":            {func(m *machine) { m.kms.SetState(m.kms.ARN(), kmstest.Disabled) }, keycache.ReasonKeyState},
+		"pending deletion":    {func(m *machine) { m.kms.SetState(m.kms.ARN(), kmstest.PendingDeletion) }, keycache.ReasonKeyState},
+		"unknown key":         {func(m *machine) { m.cfg.KMSKey = m.kms.ARN()[:len(m.kms.ARN())-4] + "0000" }, keycache.ReasonNotFound},
+		"AWS managed":         {func(m *machine) { m.cfg.KMSKey = m.kms.NewKey(kmstest.KeySpec{Manager: "AWS"}) }, keycache.ReasonAWSManaged},
+		"asymmetric":          {func(m *machine) { m.cfg.KMSKey = m.kms.NewKey(kmstest.KeySpec{Spec: "RSA_2048"}) }, keycache.ReasonAsymmetric},
+		"no role":             {func(m *machine) { m.imds.Set(kmstest.NoRole) }, keycache.ReasonNoCredentials},
+		"KMS down":            {func(m *machine) { m.kms.Fail(kmstest.Fault{Cut: true}) }, keycache.ReasonUnavailable},
+		"KMS hangs":           {func(m *machine) { m.kms.Fail(kmstest.Fault{Hang: true}) }, keycache.ReasonUnavailable},
+		"another key comes":   {func(m *machine) { m.kms.Fail(kmstest.Fault{Op: "Decrypt", Rewrite: otherPlaintext}) }, ""},
+		"no such kernel":      {func(m *machine) { m.fail = failing("kernel", "") }, ""},
+		"device is taken":     {func(m *machine) { m.fail = failing("hold", "") }, ""},
+		"state dir read-only": {func(m *machine) { m.readOnlyState() }, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			m.disk(volumes.ClassEBS, "vol-1")
+			m.disk(volumes.ClassInstanceStore, "AWS1")
+			tc.set(m)
+			before := m.sums()
+			r, err := m.node().Run(t.Context())
+			errs := r.Failures()
+			if err != nil {
+				errs = []error{err}
+			} else if len(errs) != 2 {
+				t.Errorf("%d volumes failed, want 2: %v", len(errs), errs)
+			}
+			for _, err := range errs {
+				var ke *keycache.Error
+				if tc.reason != "" && (!errors.As(err, &ke) || ke.Reason != tc.reason) {
+					t.Errorf("got %v, want reason %s", err, tc.reason)
+				}
+			}
+			m.untouched(before)
+			recorded, _ := filepath.Glob(filepath.Join(m.cfg.StateDir, "volumes", "*"))
+			if len(recorded) > 0 || len(m.open) > 0 {
+				t.Error("a volume was recorded or opened")
+			}
+		})
+	}
+}
+
+func failing(step, what string) func(string, string) error {
+	return func(s, w string) error {
+		if s == step && (what == "" || what == w) {
+			return errors.New("broken on purpose")
+		}
+		return nil
+	}
+}
+
+func otherPlaintext(answer map[string]any) {
+	answer["Plaintext"] = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+}
+
+// readOnlyState makes the state directory one that cannot be written, for root
+// too: its keys directory is a file.
+func (m *machine) readOnlyState() {
+	if err := os.MkdirAll(m.cfg.StateDir, 0o700); err != nil {
+		m.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(m.cfg.StateDir, "keys"), nil, 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// IMDS says who we are; without it nothing may rest on the records.
+func TestWithoutIdentityNothingIsDone(t *testing.T) {
+	for _, mode := range []kmstest.Mode{kmstest.Off, kmstest.HopLimit, kmstest.Down} {
+		t.Run(string(mode), func(t *testing.T) {
+			m := newMachine(t)
+			m.disk(volumes.ClassEBS, "vol-1")
+			m.imds.Set(mode)
+			before := m.sums()
+			_, err := m.node().Run(t.Context())
+			var ke *keycache.Error
+			if !errors.As(err, &ke) || ke.Reason != keycache.ReasonIMDS || !ke.Retryable() {
+				t.Errorf("got %v, want a retryable IMDS error", err)
+			}
+			m.untouched(before)
+		})
+	}
+}
+
+func TestForeignDiskIsRefusedAndTheOthersGoOn(t *testing.T) {
+	m := newMachine(t)
+	foreign := m.disk(volumes.ClassEBS, "vol-1")
+	m.disk(volumes.ClassEBS, "vol-2")
+	if err := volumes.MakeFilesystem(t.Context(), foreign.Path, "ext4", "data", ""); err != nil {
+		t.Fatal(err)
+	}
+	before := m.sums()["vol-1"]
+	r := m.run()
+	var refused *RefusedError
+	if !errors.As(r.Outcomes[0].Err, &refused) || refused.Refusal != RefusedContent || !strings.Contains(refused.Reason, "ext4") {
+		t.Errorf("got %v, want a refusal that names ext4", r.Outcomes[0].Err)
+	}
+	if r.Outcomes[1].Err != nil || len(m.mounts) != 1 {
+		t.Errorf("the other volume was not made: %v", r.Outcomes[1].Err)
+	}
+	if m.sums()["vol-1"] != before {
+		t.Error("the foreign disk was written to")
+	}
+}
+
+// A disk that stops being blank between plan and apply is not formatted.
+func TestDiskThatChangesAfterThePlanIsNotFormatted(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.fail = func(step, what string) error {
+		if step != "hold" {
+			return nil
+		}
+		return os.WriteFile(d.Path, append([]byte("precious"), make([]byte, 40<<20-8)...), 0o600)
+	}
+	r := m.run()
+	var refused *RefusedError
+	if !errors.As(r.Outcomes[0].Err, &refused) || !strings.Contains(refused.Reason, "changed after it was planned") {
+		t.Errorf("got %v, want a refusal", r.Outcomes[0].Err)
+	}
+	if data, err := os.ReadFile(d.Path); err != nil || !strings.HasPrefix(string(data), "precious") {
+		t.Error("the disk was written to")
+	}
+}
+
+// A format that is cut at any step is taken up by the next run, with the same
+// key and UUID, and `ready` is only written at the end.
+func TestCutFormatIsTakenUp(t *testing.T) {
+	for _, step := range []string{"open", "mount"} {
+		t.Run(step, func(t *testing.T) {
+			m := newMachine(t)
+			m.disk(volumes.ClassEBS, "vol-1")
+			m.fail = failing(step, "")
+			if r := m.run(); len(r.Failures()) != 1 {
+				t.Fatalf("the cut did not happen: %v", r.Failures())
+			}
+			first := m.records()
+			m.reboot()
+			m.fail = func(string, string) error { return nil }
+			m.runOK()
+			second := m.records()
+			if len(second.Keys) != 1 || len(second.Volumes) != 1 {
+				t.Fatalf("got %d keys and %d volumes, want one of each", len(second.Keys), len(second.Volumes))
+			}
+			for uuid, v := range second.Volumes {
+				if v.State != keycache.StateReady || first.Volumes[uuid].KeyID != v.KeyID {
+					t.Errorf("volume %s is %s under %s, was under %q", uuid, v.State, v.KeyID, first.Volumes[uuid].KeyID)
+				}
+			}
+		})
+	}
+}
+
+// A volume that is recorded as being formatted but holds somebody's filesystem is
+// not formatted again; one that holds our own mkfs's is.
+func TestResumeLooksInsideFirst(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	var v keycache.VolumeRecord
+	for _, v = range m.records().Volumes {
+	}
+	rewind := func() {
+		t.Helper()
+		m.reboot()
+		v.State = keycache.StateFormatting
+		data, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(m.cfg.StateDir, "volumes", v.UUID+".json"), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rewind()
+	m.runOK()
+	rewind()
+	// Somebody opened the volume by hand and made a filesystem of his own.
+	plain := m.plain("vol-1")
+	if err := os.Truncate(plain, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(plain, 24<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := volumes.MakeFilesystem(t.Context(), plain, "ext4", "his", ""); err != nil {
+		t.Fatal(err)
+	}
+	before := m.sums()
+	r := m.run()
+	if errs := r.Failures(); len(errs) != 1 || !strings.Contains(errs[0].Error(), "recorded as being formatted, but it holds") {
+		t.Errorf("got %v, want a refusal", errs)
+	}
+	m.untouched(before)
+}
+
+func TestReadyVolumeIsNeverFormatted(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.reboot()
+	if err := os.Truncate(d.Path, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(d.Path, 40<<20); err != nil {
+		t.Fatal(err)
+	}
+	before := m.sums()
+	r := m.run()
+	if errs := r.Failures(); len(errs) != 1 || !strings.Contains(errs[0].Error(), "recorded ready, but the disk is blank") {
+		t.Errorf("got %v", errs)
+	}
+	m.untouched(before)
+}
+
+func TestStopStartGivesInstanceStoreAnew(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassInstanceStore, "AWS1")
+	m.runOK()
+	m.reboot()
+	m.devices = nil
+	m.disk(volumes.ClassInstanceStore, "AWS2")
+	m.runOK()
+	if m.mounts["/mnt"] == "" {
+		t.Error("the new disk is not mounted on the old one's place")
+	}
+	if n := len(m.records().Volumes); n != 1 {
+		t.Errorf("got %d live volume records, want 1", n)
+	}
+	archived, err := filepath.Glob(filepath.Join(m.cfg.StateDir, "archive", "*", "*.json"))
+	if err != nil || len(archived) == 0 {
+		t.Errorf("the old record is not in the archive (%v)", err)
+	}
+}
+
+func TestTamperedHeaderIsNeverOpened(t *testing.T) {
+	m := newMachine(t)
+	a, b := m.disk(volumes.ClassEBS, "vol-1"), m.disk(volumes.ClassEBS, "vol-2")
+	m.cfg.KeyScope = ScopeVolume
+	m.runOK()
+	m.reboot()
+	// The other volume's header, put on the first disk: it is whole, but not this volume's.
+	data, err := os.ReadFile(b.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(a.Path, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteAt(data[:16<<20], 0)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := m.run()
+	if n := len(r.Failures()); n != 3 { // both twins, and the volume that no disk shows
+		t.Errorf("got %v", r.Failures())
+	}
+	if len(m.open) != 0 {
+		t.Error("a volume of two was opened")
+	}
+}
+
+func TestDamagedPrimaryHeaderIsRestored(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.reboot()
+	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteAt([]byte("garbage"), 4096+20)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := m.runOK()
+	if !strings.Contains(r.Outcomes[0].Action.Reason, "primary LUKS header is damaged") {
+		t.Errorf("the plan does not say so: %s", r.Outcomes[0].Action.Reason)
+	}
+	if i, err := luks.Inspect(d.Path); err != nil || i.PrimaryDamaged || !i.Pass() {
+		t.Errorf("the header was not restored: %+v, %v", i, err)
+	}
+}
+
+func TestVolumesAreAdoptedFromTheirTokens(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.disk(volumes.ClassEBS, "vol-2")
+	m.runOK()
+	m.reboot()
+	old := m.records()
+	if err := os.RemoveAll(m.cfg.StateDir); err != nil { // the boot volume is lost
+		t.Fatal(err)
+	}
+	m.imds.SetIdentity("instanceId", "i-0fedcba9876543210")
+	before := m.sums()
+	m.runOK()
+	m.calls(map[string]int{"GenerateDataKey": 1, "Decrypt": 2})
+	adopted := m.records()
+	for uuid, v := range old.Volumes {
+		if adopted.Volumes[uuid].State != keycache.StateReady || adopted.Volumes[uuid].Filesystem != v.Filesystem {
+			t.Errorf("volume %s was not adopted: %+v", uuid, adopted.Volumes[uuid])
+		}
+	}
+	if len(adopted.Keys) != 1 {
+		t.Errorf("got %d key records for one wrapped key", len(adopted.Keys))
+	}
+	m.untouched(before)
+	m.reboot()
+	m.runOK()
+}
+
+func TestRecordsOfAnImageAreNotUsed(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.reboot()
+	m.devices = nil
+	m.disk(volumes.ClassEBS, "vol-2")
+	m.imds.SetIdentity("instanceId", "i-0fedcba9876543210")
+	m.runOK()
+	m.calls(map[string]int{"GenerateDataKey": 2, "Decrypt": 2})
+	kept, err := filepath.Glob(filepath.Join(m.cfg.StateDir, "quarantine", "*", "*"))
+	if err != nil || len(kept) < 2 {
+		t.Errorf("the image's records were not kept: %v (%v)", kept, err)
+	}
+}
+
+func TestUnlockNeverFormats(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.disk(volumes.ClassEBS, "vol-2")
+	m.reboot()
+	before := m.sums()
+	r, err := m.node().Unlock(t.Context(), nil)
+	if err != nil || len(r.Failures()) > 0 || len(m.mounts) != 1 {
+		t.Errorf("unlock: %v, %v, mounts %v", err, r.Failures(), m.mounts)
+	}
+	r, err = m.node().Unlock(t.Context(), []string{"vol-2"})
+	if err != nil || len(r.Failures()) != 1 {
+		t.Errorf("unlock of a blank volume: %v, %v", err, r.Failures())
+	}
+	m.untouched(before)
+	var unknown *UnknownVolumeError
+	if _, err = m.node().Unlock(t.Context(), []string{"vol-3"}); !errors.As(err, &unknown) {
+		t.Errorf("unlock of an unknown volume: %v", err)
+	}
+}
+
+func TestLockAndUnlockByEveryName(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.disk(volumes.ClassEBS, "vol-2")
+	m.runOK()
+	var v keycache.VolumeRecord
+	for _, rec := range m.records().Volumes {
+		if rec.Identity == "vol-1" {
+			v = rec
+		}
+	}
+	for _, name := range []string{"vol-1", d.Path, v.UUID, v.Mapping, v.MountPoint} {
+		locked, err := m.node().Lock(t.Context(), []string{name})
+		if err != nil || len(locked) != 1 || locked[0].Err != nil || locked[0].Volume.UUID != v.UUID {
+			t.Fatalf("lock %s: %+v, %v", name, locked, err)
+		}
+		s, err := m.node().Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, vs := range s.Volumes {
+			if want := map[bool]string{true: "locked", false: "mounted"}[vs.UUID == v.UUID]; vs.State != want {
+				t.Errorf("after lock %s, %s is %q, want %q", name, vs.Identity, vs.State, want)
+			}
+		}
+		if r, err := m.node().Unlock(t.Context(), []string{name}); err != nil || len(r.Failures()) > 0 || len(r.Outcomes) != 1 {
+			t.Fatalf("unlock %s: %+v, %v", name, r, err)
+		}
+	}
+	if _, err := m.node().Lock(t.Context(), []string{"vol-9"}); err == nil {
+		t.Error("an unknown name was locked")
+	}
+}
+
+func TestStatusFile(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	if _, err := ReadStatus(m.node().statusPath); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("before a run: %v", err)
+	}
+	m.runOK()
+	s, err := ReadStatus(m.node().statusPath)
+	if err != nil || s.Result != "ok" || s.KMS.GenerateDataKey != 1 || s.KMS.Decrypt != 1 || len(s.Volumes) != 1 || s.Volumes[0].Action != "format" {
+		t.Errorf("got %+v, %v", s, err)
+	}
+	m.reboot()
+	m.kms.Deny("Decrypt")
+	m.run()
+	if s, err = ReadStatus(m.node().statusPath); err != nil || s.Result != "failed" || s.Volumes[0].Error == "" {
+		t.Errorf("after a failure: %+v, %v", s, err)
+	}
+}
+
+func TestPlanTouchesNothing(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	before := m.sums()
+	p, err := m.node().Plan(t.Context())
+	if err != nil || len(p.Actions) != 1 || p.Actions[0].Verb != Format {
+		t.Errorf("got %+v, %v", p, err)
+	}
+	m.untouched(before)
+	if _, err := os.Stat(m.cfg.StateDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("plan made the state directory (%v)", err)
+	}
+	m.calls(nil)
+}
+
+func TestStateDirectoryOnAManagedVolumeIsRefused(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.devices[0].Uses = []volumes.Use{{Kind: volumes.UseSystem, What: m.cfg.StateDir, Evidence: "the state directory is on it"}}
+	var ce *ConfigError
+	if _, err := m.node().Run(t.Context()); !errors.As(err, &ce) || !strings.Contains(err.Error(), "only its records can open") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestStateDirectoryBehindASymlinkIsRefused(t *testing.T) {
+	m := newMachine(t)
+	real := filepath.Join(m.dir, "elsewhere")
+	if err := errors.Join(os.Mkdir(real, 0o700), os.Symlink(real, filepath.Join(m.dir, "link"))); err != nil {
+		t.Fatal(err)
+	}
+	m.cfg.StateDir = filepath.Join(m.dir, "link", "state")
+	var ce *ConfigError
+	if _, err := m.node().Run(t.Context()); !errors.As(err, &ce) || !strings.Contains(err.Error(), "symbolic link") {
+		t.Errorf("got %v", err)
+	}
+}

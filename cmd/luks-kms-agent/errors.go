@@ -1,0 +1,204 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"syscall"
+
+	"github.com/luks-kms-agent/luks-kms-agent/agent"
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/systemd"
+	"github.com/luks-kms-agent/luks-kms-agent/volumes"
+)
+
+// Exit codes. They are part of the interface and never get another meaning.
+const (
+	exitOK          = 0
+	exitInternal    = 1
+	exitUsage       = 2
+	exitRefused     = 3
+	exitKMSDenied   = 4
+	exitUnavailable = 5 // the unit is restarted on this one
+	exitDevice      = 6
+	exitHeader      = 7
+	exitMissing     = 8
+)
+
+// failedError is a command of which parts failed, each with its own cause.
+type failedError struct{ errs []error }
+
+func (e *failedError) Error() string { return errors.Join(e.errs...).Error() }
+
+// failures is nil where nothing failed.
+func failures(errs []error) error {
+	if len(errs) == 0 {
+		return nil
+	}
+	return &failedError{errs: errs}
+}
+
+// byUrgency orders exit codes where several things failed: first what passes by
+// itself, so that it is tried again, then what needs a person most.
+var byUrgency = []int{exitUnavailable, exitKMSDenied, exitHeader, exitMissing, exitDevice, exitRefused, exitUsage, exitInternal}
+
+// exitCode is the one place that turns an error into an exit code.
+func exitCode(err error) int {
+	var (
+		failed  *failedError
+		usage   *usageError
+		config  *agent.ConfigError
+		unknown *agent.UnknownVolumeError
+		refused *agent.RefusedError
+		kms     *keycache.Error
+		store   *keycache.StoreError
+		record  *keycache.RecordError
+		header  *luks.HeaderError
+		mount   *systemd.MountError
+		errno   syscall.Errno
+	)
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.As(err, &failed):
+		codes := map[int]bool{}
+		for _, e := range failed.errs {
+			codes[exitCode(e)] = true
+		}
+		for _, code := range byUrgency {
+			if codes[code] {
+				return code
+			}
+		}
+		return exitInternal
+	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown):
+		return exitUsage
+	case errors.As(err, &refused):
+		switch refused.Refusal {
+		case agent.RefusedHeader:
+			return exitHeader
+		case agent.RefusedDevice:
+			return exitDevice
+		}
+		return exitRefused
+	case errors.As(err, &kms):
+		if kms.Retryable() {
+			return exitUnavailable
+		}
+		if kms.Reason == keycache.ReasonInvalid {
+			return exitUsage
+		}
+		return exitKMSDenied
+	case errors.Is(err, keycache.ErrLocked):
+		return exitUnavailable
+	case errors.As(err, &header), errors.Is(err, luks.ErrWrongKey):
+		return exitHeader
+	case errors.Is(err, luks.ErrNoCryptsetup), errors.Is(err, luks.ErrNoDMCrypt),
+		errors.Is(err, volumes.ErrNoProgram), errors.Is(err, systemd.ErrNoSystemd):
+		return exitMissing
+	case errors.As(err, &record):
+		return exitRefused
+	case errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy),
+		errors.Is(err, fs.ErrNotExist), errors.As(err, &errno):
+		return exitDevice
+	}
+	return exitInternal
+}
+
+// hint says what to do about an error, "" where there is nothing to add.
+func hint(err error) string {
+	var (
+		usage   *usageError
+		config  *agent.ConfigError
+		unknown *agent.UnknownVolumeError
+		refused *agent.RefusedError
+		kms     *keycache.Error
+		store   *keycache.StoreError
+		mount   *systemd.MountError
+		header  *luks.HeaderError
+	)
+	switch {
+	case errors.As(err, &usage):
+		return "Run `luks-kms-agent --help`, or `luks-kms-agent COMMAND --help`, to see what is allowed."
+	case errors.As(err, &config) && errors.Is(err, fs.ErrNotExist):
+		return fmt.Sprintf("Write %s; the smallest one is a line: `kms_key: arn:aws:kms:REGION:ACCOUNT:key/ID`.", config.Path)
+	case errors.As(err, &config):
+		return fmt.Sprintf("Correct %s; `luks-kms-agent plan` then shows what it means, and touches nothing.", config.Path)
+	case errors.As(err, &unknown):
+		return "Run `luks-kms-agent status` to see the volumes and their names."
+	case errors.As(err, &refused):
+		return refusedHint(refused)
+	case errors.As(err, &kms):
+		return kmsHint(kms)
+	case errors.Is(err, keycache.ErrLocked):
+		return "Another luks-kms-agent is at work; wait for it (`systemctl status luks-kms-agent`) and try again."
+	case errors.Is(err, luks.ErrNoCryptsetup):
+		return "Install cryptsetup (package cryptsetup-bin or cryptsetup). No volume was touched."
+	case errors.Is(err, luks.ErrNoDMCrypt):
+		return "Load the kernel module dm_crypt (`modprobe dm_crypt`) or use a kernel that has it. No volume was touched."
+	case errors.Is(err, volumes.ErrNoProgram):
+		return "Install the package that has the program (util-linux, xfsprogs or e2fsprogs), or choose the other filesystem. No volume was touched."
+	case errors.Is(err, systemd.ErrNoSystemd):
+		return "Mounts are made by systemd: run the agent on a machine that systemd has booted."
+	case errors.As(err, &header):
+		return "Do not use the volume. Restore its LUKS header from a backup, or find out who could write to the disk; see docs/troubleshooting.md."
+	case errors.Is(err, luks.ErrWrongKey):
+		return "The data key of the record does not open this header: the record or the header is not the volume's own."
+	case errors.As(err, &store) && errors.Is(err, syscall.ENOSPC):
+		return "Free space on the filesystem of the state directory and run the agent again. No record was lost."
+	case errors.As(err, &store) && errors.Is(err, syscall.EROFS):
+		return "Make the state directory writable (is the boot volume mounted read-only after an error?) and run the agent again. No record was lost."
+	case errors.As(err, &store) && errors.Is(err, fs.ErrPermission):
+		return "Run the agent as root."
+	case errors.As(err, &store):
+		return "The state directory must be a directory of root's with mode 0700. Nothing in it was changed."
+	case errors.As(err, &mount):
+		return "The volume is open. See `systemctl status` of the mount unit, then run `luks-kms-agent unlock` again."
+	case errors.Is(err, luks.ErrBusy):
+		return "Stop what uses the volume (`fuser -vm MOUNT_POINT`) and try again."
+	case errors.Is(err, fs.ErrPermission):
+		return "Run the agent as root."
+	}
+	return ""
+}
+
+func refusedHint(e *agent.RefusedError) string {
+	switch e.Refusal {
+	case agent.RefusedHeader:
+		return "Do not use the volume. Restore its LUKS header from a backup, or find out who could write to the disk; see docs/troubleshooting.md."
+	case agent.RefusedRecord:
+		return "Look at the record; put back a good copy, or move it to the archive directory beside it: a volume with our token is then adopted."
+	case agent.RefusedDevice:
+		return "Attach the disk again, or take it out of the configuration; `luks-kms-agent plan` shows what is there."
+	}
+	return "Nothing was written to it. If it is not meant for the agent, add it to `exclude:`; if its content may go, `wipefs -a` and zero it by hand."
+}
+
+func kmsHint(e *keycache.Error) string {
+	switch e.Reason {
+	case keycache.ReasonDenied:
+		return "Let the node's role use the key: kms:GenerateDataKey and kms:Decrypt in its IAM policy and in the key policy (README, \"Policies\"). No volume was touched."
+	case keycache.ReasonNotFound:
+		return "Check kms_key and region: that key does not exist there. No volume was touched."
+	case keycache.ReasonAWSManaged:
+		return "Use a customer managed key: AWS managed keys (alias/aws/…) cannot be used by your own nodes. No volume was touched."
+	case keycache.ReasonAsymmetric:
+		return "Use a symmetric key (SYMMETRIC_DEFAULT, ENCRYPT_DECRYPT): only those make data keys. No volume was touched."
+	case keycache.ReasonKeyState:
+		return "Enable the key, or cancel its deletion, in KMS; then run the agent again. No volume was touched."
+	case keycache.ReasonWrongRegion:
+		return "kms_key and region must name the same region. No volume was touched."
+	case keycache.ReasonCiphertext:
+		return "KMS does not take the wrapped key: the record was damaged, or made under another key. Restore the record from a backup."
+	case keycache.ReasonInvalid:
+		return "Correct kms_key: a key ARN, a key id, alias/NAME or an alias ARN."
+	case keycache.ReasonIMDS:
+		return "IMDSv2 must be on for the instance, with a hop limit that reaches this host (1; 2 from containers). The service tries again by itself."
+	case keycache.ReasonNoCredentials:
+		return "Attach an instance profile whose role may use the key. The service tries again by itself."
+	case keycache.ReasonUnavailable:
+		return "Check the route, DNS and security groups to KMS (or its VPC endpoint). The service tries again by itself."
+	}
+	return ""
+}

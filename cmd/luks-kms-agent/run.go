@@ -1,0 +1,94 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/luks-kms-agent/luks-kms-agent/agent"
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/systemd"
+)
+
+func newRun(opts *globalOptions) *cobra.Command {
+	return &cobra.Command{
+		Use:   "run",
+		Short: "Format what is blank, open and mount what is ours",
+		Long: `Carry out the plan: format data volumes that are proven blank, open and mount
+those that were formatted before, refuse everything else with its reason. The
+service luks-kms-agent.service runs it at every boot; run again, it changes nothing.`,
+		Example: `  # What the service does at boot
+  sudo luks-kms-agent run
+
+  # See first what it would do
+  sudo luks-kms-agent plan`,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return carryOut(cmd, opts, func(n *agent.Node) (agent.Report, error) { return n.Run(cmd.Context()) })
+		},
+	}
+}
+
+// carryOut is what run and unlock share: protect the process's memory before a
+// key is in it, do the work, tell how it went.
+func carryOut(cmd *cobra.Command, opts *globalOptions, do func(*agent.Node) (agent.Report, error)) error {
+	if err := keycache.ProtectMemory(); err != nil {
+		return err
+	}
+	node, err := opts.node(cmd.ErrOrStderr())
+	if err != nil {
+		return err
+	}
+	report, err := do(node)
+	if err != nil {
+		return err
+	}
+	printReport(cmd.OutOrStdout(), report)
+	if errs := report.Failures(); len(errs) > 0 {
+		return failures(errs)
+	}
+	systemd.Ready(summary(report))
+	return nil
+}
+
+func printReport(w io.Writer, r agent.Report) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "DEVICE\tIDENTITY\tACTION\tMOUNT POINT\tRESULT")
+	for _, o := range r.Outcomes {
+		a := o.Action
+		result := "ok"
+		switch {
+		case o.Err != nil:
+			result = "failed"
+		case a.Verb == agent.Leave, a.Verb == agent.Nothing:
+			result = a.Reason
+		case o.Took >= time.Millisecond:
+			result = fmt.Sprintf("ok, %.1f s", o.Took.Seconds())
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", dash(a.Device.Path), dash(a.Device.Identity), a.Verb, dash(a.Volume.MountPoint), result)
+	}
+	t.Flush()
+	fmt.Fprintln(w, summary(r))
+}
+
+func summary(r agent.Report) string {
+	counts := map[agent.Verb]int{}
+	for _, o := range r.Outcomes {
+		if o.Err == nil {
+			counts[o.Action.Verb]++
+		}
+	}
+	return fmt.Sprintf("%d formatted, %d unlocked, %d adopted, %d already open, %d left alone, %d failed; KMS: %d GenerateDataKey, %d Decrypt; %.1f s",
+		counts[agent.Format], counts[agent.Unlock], counts[agent.Adopt], counts[agent.Nothing]+counts[agent.Mount], counts[agent.Leave],
+		len(r.Failures()), r.Calls.GenerateDataKey, r.Calls.Decrypt, r.Finished.Sub(r.Started).Seconds())
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
+)
+
+// update makes the scripts' expected output that of today: make update-golden.
+var update = flag.Bool("update", false, "rewrite the expected output in testdata")
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"luks-kms-agent": main,
+	})
+}
+
+// The scripts never `run`, `plan`, `lock` or `unlock` with a configuration that
+// is good: the disks of the machine that runs the tests are not theirs.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:           "testdata",
+		UpdateScripts: *update,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"exits":      exits,
+			"disk":       disk,
+			"our-volume": ourVolume,
+			"cipher":     cipher,
+		},
+	})
+}
+
+// exits runs the rest of its line and wants an exit code: exits 3 luks-kms-agent …
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits CODE COMMAND…")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	code := "0"
+	if err != nil {
+		var exit *exec.ExitError
+		if !asExit(err, &exit) {
+			ts.Fatalf("%v", err)
+		}
+		code = strings.TrimPrefix(exit.String(), "exit status ")
+	}
+	if code != args[0] {
+		ts.Fatalf("exit code is %s, want %s", code, args[0])
+	}
+}
+
+func asExit(err error, to **exec.ExitError) bool {
+	exit, ok := err.(*exec.ExitError)
+	*to = exit
+	return ok
+}
+
+// disk makes an empty image of 40 MiB.
+func disk(ts *testscript.TestScript, _ bool, args []string) {
+	for _, name := range args {
+		ts.Check(os.WriteFile(ts.MkAbs(name), nil, 0o600))
+		ts.Check(os.Truncate(ts.MkAbs(name), 40<<20))
+	}
+}
+
+// ourVolume formats an image as the agent does.
+func ourVolume(ts *testscript.TestScript, neg bool, args []string) {
+	disk(ts, neg, args)
+	key, err := keycache.NewKey(make([]byte, 32))
+	ts.Check(err)
+	defer key.Wipe()
+	ts.Check(luks.Format(context.Background(), ts.MkAbs(args[0]), luks.FormatOptions{
+		UUID: "aaaaaaaa-0000-4000-8000-000000000001", Label: "vol-0123456789abcdef0",
+		KeyARN:     "arn:aws:kms:us-east-1:111122223333:key/0987dcba-09fe-87dc-65ba-ab0987654321",
+		WrappedKey: []byte("wrapped"),
+	}, key))
+}
+
+// cipher writes another cipher over the segment's in both headers; the checksums
+// are then wrong, so cryptsetup-like tools see damage and so do we.
+func cipher(ts *testscript.TestScript, _ bool, args []string) {
+	path := ts.MkAbs(args[0])
+	data, err := os.ReadFile(path)
+	ts.Check(err)
+	text := strings.ReplaceAll(string(data[:32<<10]), `"aes-xts-plain64"`, `"cipher_null-ecb"`)
+	copy(data, text)
+	ts.Check(os.WriteFile(path, data, 0o600))
+}

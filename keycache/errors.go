@@ -1,0 +1,245 @@
+package keycache
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/smithy-go"
+)
+
+// Reason says what is wrong, as far as a caller can act on it.
+type Reason string
+
+// The reasons. The first nine are final; the last three may pass.
+const (
+	ReasonDenied      Reason = "denied"       // the role or the key policy does not allow the call
+	ReasonNotFound    Reason = "not-found"    // no such key in this account and region
+	ReasonAWSManaged  Reason = "aws-managed"  // the key is AWS's, not the customer's
+	ReasonAsymmetric  Reason = "asymmetric"   // the key is not a symmetric encryption key
+	ReasonKeyState    Reason = "key-state"    // the key is disabled, pending deletion or otherwise not enabled
+	ReasonWrongRegion Reason = "wrong-region" // the key's ARN names another region than the one called
+	ReasonCiphertext  Reason = "ciphertext"   // the wrapped key is not one that this KMS key opens
+	ReasonInvalid     Reason = "invalid"      // an option or request is malformed
+
+	ReasonUnavailable   Reason = "unavailable"    // no answer from KMS, 5xx or throttling
+	ReasonIMDS          Reason = "imds"           // the instance metadata service does not answer, is off, or gives no token
+	ReasonNoCredentials Reason = "no-credentials" // no instance role, or its credentials are not (yet, any more) accepted
+)
+
+// Codes that Error.Code has for the metadata service, where KMS's own are names
+// that end in Exception.
+const (
+	CodeTokenTimeout = "TokenTimeout" // the service was reached but the token never came: hop limit
+	CodeForbidden    = "HTTP403"      // the service is turned off for this instance
+)
+
+// Error is a failed call of a Client, or options that cannot work.
+type Error struct {
+	Op        string // "New", "Identity", "Ephemeral", "DescribeKey", "GenerateDataKey" or "Decrypt"
+	Reason    Reason
+	Code      string // as KMS names it ("AccessDeniedException"), HTTPnnn or CodeTokenTimeout for the metadata service, "" if there was no answer
+	RequestID string // KMS's, "" if there was no answer
+	Err       error
+
+	object string // the key or wrapped key
+}
+
+// Error names what could not be done and the cause, with KMS's code and
+// request id.
+func (e *Error) Error() string {
+	var what string
+	switch e.Op {
+	case "New":
+		what = "use KMS key"
+	case "Identity":
+		what = "read the instance identity"
+	case "Ephemeral":
+		what = "read the block device mapping"
+	case "DescribeKey":
+		what = "describe KMS key"
+	case "GenerateDataKey":
+		what = "generate a data key under"
+	case "Decrypt":
+		what = "decrypt the wrapped key under"
+	default:
+		what = "call " + e.Op
+	}
+	if e.object != "" {
+		what += " " + e.object
+	}
+	var api smithy.APIError
+	if errors.As(e.Err, &api) {
+		// The SDK's text repeats operation, status and request id.
+		text := fmt.Sprintf("cannot %s: %s: %s", what, api.ErrorCode(), api.ErrorMessage())
+		if e.RequestID != "" {
+			text += " (request " + e.RequestID + ")"
+		}
+		return text
+	}
+	return fmt.Sprintf("cannot %s: %v", what, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// MarshalJSON shows the message: the SDK's error structures are no part of
+// what this package promises, and may hold pieces of KMS's answer.
+func (e *Error) MarshalJSON() ([]byte, error) { return json.Marshal(e.Error()) }
+
+// Retryable reports whether the same call may succeed later without anyone
+// changing the key, the policy or the configuration.
+func (e *Error) Retryable() bool {
+	switch e.Reason {
+	case ReasonUnavailable, ReasonIMDS, ReasonNoCredentials:
+		return true
+	}
+	return false
+}
+
+// reasons maps the codes of KMS and of the AWS front end. Several, AccessDenied
+// and Throttling among them, have no Go type in the SDK: the code is all there is.
+var reasons = map[string]Reason{
+	"AccessDeniedException": ReasonDenied,
+	"AccessDenied":          ReasonDenied,
+	"OptInRequired":         ReasonDenied,
+
+	"NotFoundException": ReasonNotFound,
+
+	// A key that is pending deletion answers either.
+	"DisabledException":        ReasonKeyState,
+	"KMSInvalidStateException": ReasonKeyState,
+
+	"InvalidKeyUsageException": ReasonAsymmetric,
+
+	"IncorrectKeyException":      ReasonCiphertext,
+	"InvalidCiphertextException": ReasonCiphertext,
+
+	"InvalidArnException":           ReasonInvalid,
+	"ValidationException":           ReasonInvalid,
+	"InvalidGrantTokenException":    ReasonInvalid,
+	"UnsupportedOperationException": ReasonInvalid,
+
+	"ThrottlingException":         ReasonUnavailable,
+	"Throttling":                  ReasonUnavailable,
+	"ThrottledException":          ReasonUnavailable,
+	"TooManyRequestsException":    ReasonUnavailable,
+	"RequestLimitExceeded":        ReasonUnavailable,
+	"LimitExceededException":      ReasonUnavailable,
+	"KeyUnavailableException":     ReasonUnavailable,
+	"DependencyTimeoutException":  ReasonUnavailable,
+	"KMSInternalException":        ReasonUnavailable,
+	"InternalFailure":             ReasonUnavailable,
+	"InternalServerError":         ReasonUnavailable,
+	"ServiceUnavailable":          ReasonUnavailable,
+	"ServiceUnavailableException": ReasonUnavailable,
+
+	// Role credentials that have just been issued are not known everywhere at
+	// once; expired ones are fetched anew; and a clock that is not set yet
+	// makes good signatures bad.
+	"ExpiredTokenException":               ReasonNoCredentials,
+	"ExpiredToken":                        ReasonNoCredentials,
+	"UnrecognizedClientException":         ReasonNoCredentials,
+	"InvalidClientTokenId":                ReasonNoCredentials,
+	"InvalidSignatureException":           ReasonNoCredentials,
+	"SignatureDoesNotMatch":               ReasonNoCredentials,
+	"IncompleteSignature":                 ReasonNoCredentials,
+	"IncompleteSignatureException":        ReasonNoCredentials,
+	"MissingAuthenticationToken":          ReasonNoCredentials,
+	"MissingAuthenticationTokenException": ReasonNoCredentials,
+	"RequestExpired":                      ReasonNoCredentials,
+	"RequestTimeTooSkewed":                ReasonNoCredentials,
+}
+
+// classify turns whatever a call returned into an *Error.
+func classify(op, object string, err error) *Error {
+	e := &Error{Op: op, object: object, Err: err}
+	var known *Error
+	if errors.As(err, &known) {
+		// Judged where it happened; only the call is known better here.
+		e.Reason, e.Code, e.RequestID, e.Err = known.Reason, known.Code, known.RequestID, known.Err
+		return e
+	}
+	var md *metadataError
+	if errors.As(err, &md) {
+		e.Reason, e.Code, e.Err = md.reason(), md.code(), md
+		return e
+	}
+	var canceled *aws.RequestCanceledError
+	if errors.As(err, &canceled) {
+		// Only waiting for credentials ends so.
+		e.Reason = ReasonIMDS
+		return e
+	}
+
+	e.RequestID = requestID(err)
+	var api smithy.APIError
+	if errors.As(err, &api) {
+		e.Code = api.ErrorCode()
+		if r, ok := reasons[e.Code]; ok {
+			e.Reason = r
+			return e
+		}
+	}
+	e.Reason = statusReason(err)
+	var broken *smithy.DeserializationError
+	if errors.As(err, &broken) {
+		// Its text and snapshot may hold pieces of an answer with a key in it.
+		e.Err = unreadable(broken)
+	}
+	return e
+}
+
+// statusReason judges an answer without a code that we know, or no answer.
+func statusReason(err error) Reason {
+	var s interface{ HTTPStatusCode() int }
+	if !errors.As(err, &s) {
+		return ReasonUnavailable // refused, timed out, no such host, TLS
+	}
+	switch code := s.HTTPStatusCode(); {
+	case code == http.StatusForbidden || code == http.StatusUnauthorized:
+		return ReasonDenied
+	case code >= 400 && code < 500 && code != http.StatusTooManyRequests && code != http.StatusRequestTimeout:
+		return ReasonInvalid
+	}
+	// 5xx, throttling, something between us and KMS that answers for it.
+	return ReasonUnavailable
+}
+
+func requestID(err error) string {
+	var r interface{ ServiceRequestID() string }
+	if errors.As(err, &r) {
+		return r.ServiceRequestID()
+	}
+	return ""
+}
+
+// errUnreadable stands for an answer that is not what KMS sends.
+var errUnreadable = errors.New("the answer cannot be understood")
+
+// unreadable keeps the cause of a broken answer if it cannot hold a piece of it.
+func unreadable(err error) error {
+	var timeout net.Error
+	for _, safe := range []error{context.DeadlineExceeded, context.Canceled, io.ErrUnexpectedEOF} {
+		if errors.Is(err, safe) {
+			return fmt.Errorf("%w: %w", errUnreadable, safe)
+		}
+	}
+	if errors.As(err, &timeout) {
+		return fmt.Errorf("%w: %w", errUnreadable, timeout)
+	}
+	return errUnreadable
+}
+
+// joinContext adds the end of a context to an error that does not have it.
+func joinContext(err, end error) error {
+	if errors.Is(err, end) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", end, err)
+}

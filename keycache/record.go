@@ -1,0 +1,262 @@
+package keycache
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"reflect"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// RecordVersion is the version of the records that this package writes and the
+// only one that it reads.
+const RecordVersion = 1
+
+// maxWrapped is the longest ciphertext that KMS Decrypt takes, in bytes
+// (API reference of Decrypt, CiphertextBlob).
+const maxWrapped = 6144
+
+// keyARN matches the ARN of a KMS key, never of an alias: partition, region,
+// account and key id (a UUID, or mrk- for a multi-Region key).
+var keyARN = regexp.MustCompile(`^arn:aws[a-z-]*:kms:([a-z0-9-]+):\d{12}:key/(` + keyID + `)$`)
+
+const keyID = `[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|mrk-[0-9a-f]{32}`
+
+// KeyRecord is a wrapped data key: keys/<ID>.json.
+type KeyRecord struct {
+	Version int    `json:"version"` // RecordVersion
+	ID      string `json:"id"`      // UUID, ours; names the file
+	KeyARN  string `json:"key_arn"` // as GenerateDataKey returned it, never an alias
+	// WrappedKey is KMS's ciphertext, 1 to 6144 bytes; base64 in the file.
+	WrappedKey []byte `json:"wrapped_key"`
+	// EncryptionContext is what Decrypt must be given. LUKS keys have none.
+	EncryptionContext map[string]string `json:"encryption_context,omitempty"`
+	InstanceID        string            `json:"instance_id"`          // of the node that stored it
+	Region            string            `json:"region"`               // of that node
+	Created           time.Time         `json:"created"`              // UTC
+	RequestID         string            `json:"request_id,omitempty"` // of GenerateDataKey, for CloudTrail
+}
+
+// VolumeState says how far a volume is.
+type VolumeState string
+
+const (
+	// StateFormatting is the intent: nothing of value can be on the volume.
+	StateFormatting VolumeState = "formatting"
+	// StateReady is a one-way door: the volume may hold data.
+	StateReady VolumeState = "ready"
+)
+
+// VolumeRecord is what is known of one volume: volumes/<UUID>.json.
+type VolumeRecord struct {
+	Version    int         `json:"version"` // RecordVersion
+	UUID       string      `json:"uuid"`    // of the LUKS header; names the file
+	KeyID      string      `json:"key_id"`  // KeyRecord.ID
+	Class      string      `json:"class"`
+	Identity   string      `json:"identity"` // EBS volume id, serial or configured name
+	Size       int64       `json:"size"`     // bytes
+	State      VolumeState `json:"state"`
+	Filesystem string      `json:"filesystem,omitempty"`
+	MountPoint string      `json:"mount_point,omitempty"` // absolute
+	Mapping    string      `json:"mapping,omitempty"`     // name under /dev/mapper
+	InstanceID string      `json:"instance_id"`
+	Created    time.Time   `json:"created"` // UTC
+	Changed    time.Time   `json:"changed"` // UTC
+}
+
+// RecordError is a file in keys/ or volumes/ that cannot be trusted. The file
+// is left as it is.
+type RecordError struct {
+	Path string // of the file
+	ID   string // the UUID that the file's name gives, "" if it gives none
+	Kind string // "key" or "volume"
+	Err  error
+}
+
+// Error says which record and why.
+func (e *RecordError) Error() string {
+	return fmt.Sprintf("cannot read %s record %s: %v", e.Kind, e.Path, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *RecordError) Unwrap() error { return e.Err }
+
+// Records are all records of a store. A volume may name a key that is not in
+// Keys: its record was unreadable (then it is in Problems) or is gone.
+type Records struct {
+	Keys     map[string]KeyRecord    // by ID
+	Volumes  map[string]VolumeRecord // by UUID
+	Problems []RecordError           // in order of path; empty if every file was understood
+}
+
+// validate refuses a key record that could not have been written by PutKey.
+func (r *KeyRecord) validate() error {
+	region := ""
+	if m := keyARN.FindStringSubmatch(r.KeyARN); m != nil {
+		region = m[1]
+	}
+	switch {
+	case r.Version != RecordVersion:
+		return versionError(r.Version)
+	case !isUUID(r.ID):
+		return fmt.Errorf("id %q is not a UUID", r.ID)
+	case region == "":
+		return fmt.Errorf("key_arn %q is not the ARN of a KMS key", r.KeyARN)
+	case len(r.WrappedKey) == 0:
+		return errors.New("wrapped_key is empty")
+	case len(r.WrappedKey) > maxWrapped:
+		return fmt.Errorf("wrapped_key has %d bytes, KMS takes at most %d", len(r.WrappedKey), maxWrapped)
+	case r.InstanceID == "":
+		return errors.New("instance_id is empty")
+	case r.Region == "":
+		return errors.New("region is empty")
+	case r.Created.IsZero():
+		return errors.New("created is missing")
+	}
+	return nil
+}
+
+// validate refuses a volume record that could not have been written by
+// PutVolume.
+func (r *VolumeRecord) validate() error {
+	switch {
+	case r.Version != RecordVersion:
+		return versionError(r.Version)
+	case !isUUID(r.UUID):
+		return fmt.Errorf("uuid %q is not a UUID", r.UUID)
+	case !isUUID(r.KeyID):
+		return fmt.Errorf("key_id %q is not a UUID", r.KeyID)
+	case r.Class == "":
+		return errors.New("class is empty")
+	case r.Identity == "":
+		return errors.New("identity is empty")
+	case r.Size <= 0:
+		return fmt.Errorf("size %d is not positive", r.Size)
+	case r.State != StateFormatting && r.State != StateReady:
+		return fmt.Errorf("state %q is neither %q nor %q", r.State, StateFormatting, StateReady)
+	case r.MountPoint != "" && (!path.IsAbs(r.MountPoint) || path.Clean(r.MountPoint) != r.MountPoint):
+		return fmt.Errorf("mount_point %q is not a clean absolute path", r.MountPoint)
+	case strings.ContainsAny(r.Mapping, "/\x00") || r.Mapping == "." || r.Mapping == "..":
+		return fmt.Errorf("mapping %q is not a name", r.Mapping)
+	case r.InstanceID == "":
+		return errors.New("instance_id is empty")
+	case r.Created.IsZero():
+		return errors.New("created is missing")
+	case r.Changed.IsZero():
+		return errors.New("changed is missing")
+	}
+	return nil
+}
+
+func versionError(v int) error {
+	return fmt.Errorf("version %d is not supported, only %d is", v, RecordVersion)
+}
+
+// isUUID accepts only the canonical lower-case form: it becomes a file name,
+// and two spellings of one UUID must not be two records.
+func isUUID(s string) bool {
+	u, err := uuid.Parse(s)
+	return err == nil && u.String() == s
+}
+
+// encode is the one form in which records are written.
+func encode(record any) ([]byte, error) {
+	data, err := json.MarshalIndent(record, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	return append(data, '\n'), nil
+}
+
+// decode reads exactly one JSON object whose fields are those of into, spelt
+// as they are written and none twice, and nothing after it. encoding/json alone
+// would take "KEY_ARN" for key_arn and the last of two equal names.
+func decode(data []byte, into any) error {
+	// The version first: a later version has fields that would otherwise be
+	// the complaint.
+	var v struct {
+		Version *int `json:"version"`
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	if err := dec.Decode(&v); err != nil {
+		return jsonError(err)
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("there is something after the record")
+	}
+	if v.Version == nil {
+		return errors.New("version is missing")
+	}
+	if *v.Version != RecordVersion {
+		return versionError(*v.Version)
+	}
+	if err := checkNames(json.NewDecoder(bytes.NewReader(data)), fieldNames(into)); err != nil {
+		return err
+	}
+	dec = json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	return jsonError(dec.Decode(into))
+}
+
+func jsonError(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return errors.New("it is truncated")
+	}
+	return err
+}
+
+// fieldNames are the JSON names of the fields of the struct that into points to.
+func fieldNames(into any) map[string]bool {
+	t := reflect.TypeOf(into).Elem()
+	names := make(map[string]bool, t.NumField())
+	for i := range t.NumField() {
+		name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ",")
+		names[name] = true
+	}
+	return names
+}
+
+// checkNames reads one value. No object in it may have a name twice; if allowed
+// is not nil the value itself may have only those names.
+func checkNames(dec *json.Decoder, allowed map[string]bool) error {
+	tok, err := dec.Token()
+	if err != nil {
+		return jsonError(err)
+	}
+	delim, _ := tok.(json.Delim)
+	if allowed != nil && delim != '{' {
+		return errors.New("it is not a JSON object")
+	}
+	if delim == 0 {
+		return nil
+	}
+	seen := map[string]bool{}
+	for dec.More() {
+		if delim == '{' {
+			tok, err := dec.Token()
+			if err != nil {
+				return jsonError(err)
+			}
+			name, _ := tok.(string)
+			if allowed != nil && !allowed[name] {
+				return fmt.Errorf("unknown field %q", name)
+			}
+			if seen[name] {
+				return fmt.Errorf("field %q is there twice", name)
+			}
+			seen[name] = true
+		}
+		if err := checkNames(dec, nil); err != nil {
+			return err
+		}
+	}
+	_, err = dec.Token() // the closing delimiter
+	return jsonError(err)
+}

@@ -1,0 +1,104 @@
+package keycache
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+)
+
+const (
+	// defaultCallTimeout and defaultRetryLimit stand for a zero in Options.
+	defaultCallTimeout = 10 * time.Second
+	defaultRetryLimit  = 10 * time.Minute
+
+	// backoffBase doubles with each attempt up to backoffCap; the wait is
+	// uniform between 0 and that ("full jitter"). The cap is the SDK's own
+	// (retry.DefaultMaxBackoff); the base is ours: a fleet that boots at once
+	// must spread, while one node behind a blip should not wait for seconds.
+	backoffBase = 200 * time.Millisecond
+	backoffCap  = 20 * time.Second
+)
+
+// Retry tells that a call failed in a way that may pass, and that it will be
+// tried again after Wait.
+type Retry struct {
+	Op      string        // "GenerateDataKey", "Decrypt", "DescribeKey", "Identity" or "Ephemeral"
+	Attempt int           // the attempt that failed, from 1
+	Wait    time.Duration // until the next one
+	Err     error         // an *Error
+	Elapsed time.Duration // since the call's first attempt
+	Limit   time.Duration // Options.RetryLimit: how long attempts are made
+}
+
+// clock is time and chance, for tests.
+type clock struct {
+	now    func() time.Time
+	sleep  func(context.Context, time.Duration) error
+	random func(n int64) int64 // uniform in [0, n)
+}
+
+func realClock() clock {
+	return clock{now: time.Now, sleep: sleep, random: rand.Int64N}
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// backoff is the wait after the given attempt, from 1.
+func (c clock) backoff(attempt int) time.Duration {
+	ceiling := backoffCap
+	// 7 doublings pass the cap; more would overflow.
+	if attempt < 8 {
+		ceiling = min(backoffBase<<(attempt-1), backoffCap)
+	}
+	return time.Duration(c.random(int64(ceiling) + 1))
+}
+
+// retry calls f, each time with its own deadline, until it succeeds, fails for
+// good, the limit since start is reached, or ctx ends. The last wait is cut so
+// that one more attempt falls on the limit.
+func (c *Client) retry(ctx context.Context, start time.Time, op, object string, f func(context.Context) error) error {
+	for attempt := 1; ; attempt++ {
+		err := c.attempt(ctx, f)
+		if err == nil {
+			return nil
+		}
+		e := classify(op, object, err)
+		if ctx.Err() != nil {
+			// What the caller ended is no judgement of KMS: keep what was
+			// wrong, and let errors.Is find the end.
+			e.Err = joinContext(e.Err, ctx.Err())
+			return e
+		}
+		if !e.Retryable() {
+			return e
+		}
+		elapsed := c.clock.now().Sub(start)
+		if c.limit < 0 || elapsed >= c.limit {
+			return e
+		}
+		wait := min(c.clock.backoff(attempt), c.limit-elapsed)
+		c.note(func(calls *Calls) { calls.Retries++ })
+		if c.options.OnRetry != nil {
+			c.options.OnRetry(Retry{Op: op, Attempt: attempt, Wait: wait, Err: e, Elapsed: elapsed, Limit: c.limit})
+		}
+		if err := c.clock.sleep(ctx, wait); err != nil {
+			e.Err = joinContext(e.Err, err)
+			return e
+		}
+	}
+}
+
+func (c *Client) attempt(ctx context.Context, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	return f(ctx)
+}

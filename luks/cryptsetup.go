@@ -1,0 +1,180 @@
+package luks
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// Sentinels, for errors.Is.
+var (
+	ErrWrongKey     = errors.New("the key does not open the volume")
+	ErrBusy         = errors.New("device or mapping is in use")
+	ErrNotOpen      = errors.New("there is no such mapping")
+	ErrNoDMCrypt    = errors.New("the kernel has no dm-crypt")
+	ErrNoCryptsetup = errors.New("cryptsetup is missing or too old")
+)
+
+// The first release with everything that is asked of it here: --offset for LUKS2 is from 2.1 (its release notes).
+const (
+	cryptsetupMajor = 2
+	cryptsetupMinor = 1
+)
+
+// systemDirs are searched after PATH: services may run without a PATH, and users often have none of these in it.
+const systemDirs = "/usr/sbin:/sbin:/usr/bin:/bin"
+
+// exitCodes of cryptsetup, from "RETURN CODES" in cryptsetup(8).
+var exitCodes = map[int]error{
+	1: errors.New("wrong parameters, or a failure without a code of its own"),
+	2: ErrWrongKey,
+	3: errors.New("out of memory"),
+	4: errors.New("wrong device"),
+	5: ErrBusy,
+}
+
+// cryptsetup runs the program with stdin as its standard input. This is the only place that does, and what it is given there is
+// the only way for a key into it: never by argument, never by environment, never by file.
+//
+// Its text is quoted in errors for people, never parsed.
+func cryptsetup(ctx context.Context, stdin []byte, args ...string) error {
+	_, err := runCryptsetup(ctx, stdin, args...)
+	if err != nil {
+		return fmt.Errorf("cannot run cryptsetup %s: %w", args[0], err)
+	}
+	return nil
+}
+
+func runCryptsetup(ctx context.Context, stdin []byte, args ...string) (string, error) {
+	program, err := findProgram("cryptsetup")
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", ErrNoCryptsetup, err)
+	}
+	cmd := exec.CommandContext(ctx, program, args...)
+	// Nothing of our environment but PATH. LC_ALL=C: so that quoted text is the same everywhere.
+	cmd.Env = []string{"LC_ALL=C", "PATH=" + searchPath()}
+	// A bytes.Reader writes itself into the pipe: the passphrase is not copied in our memory. Nil would be /dev/null.
+	cmd.Stdin = bytes.NewReader(stdin)
+	var stdout, stderr limited
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	// A child of it that kept the pipes must not hold us.
+	cmd.WaitDelay = 5 * time.Second
+
+	err = cmd.Run()
+	if err == nil {
+		return stdout.String(), nil
+	}
+	if ctx.Err() != nil {
+		return "", context.Cause(ctx)
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		if known, ok := exitCodes[exit.ExitCode()]; ok {
+			err = fmt.Errorf("exit status %d: %w", exit.ExitCode(), known)
+		}
+	} else if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
+		err = fmt.Errorf("%w: %w", ErrNoCryptsetup, err)
+	}
+	if text := stderr.line(); text != "" {
+		err = fmt.Errorf("%w (%s)", err, text)
+	}
+	return "", err
+}
+
+// CheckCryptsetup reports whether cryptsetup can be run and is new enough (2.1), by [ErrNoCryptsetup] if not. Only formatting and
+// restoring need it.
+func CheckCryptsetup(ctx context.Context) error {
+	// --version prints "cryptsetup 2.6.1", in newer releases followed by "flags: …".
+	text, err := runCryptsetup(ctx, nil, "--version")
+	if err != nil {
+		return fmt.Errorf("cannot run cryptsetup --version: %w", err)
+	}
+	var major, minor int
+	if _, err := fmt.Sscanf(text, "cryptsetup %d.%d", &major, &minor); err != nil {
+		return fmt.Errorf("cannot read the version of cryptsetup: %w (it printed %q)", ErrNoCryptsetup, text)
+	}
+	if major < cryptsetupMajor || major == cryptsetupMajor && minor < cryptsetupMinor {
+		return fmt.Errorf("%w: it is %d.%d, needed is %d.%d", ErrNoCryptsetup, major, minor, cryptsetupMajor, cryptsetupMinor)
+	}
+	return nil
+}
+
+// luksFormat writes a new header. The flags come one to a line, each with its reason.
+func luksFormat(ctx context.Context, path string, o FormatOptions, sectorSize int, k Key) error {
+	return cryptsetup(ctx, k.Passphrase(), "luksFormat",
+		"--batch-mode",    // no question: whether it may has been decided by the caller
+		"--type", "luks2", // LUKS1 has no tokens; the default depends on the build
+		"--cipher", cipher, // the one cipher that the strict check accepts
+		"--key-size", "512", // bits: AES-256, twice for XTS
+		"--hash", "sha256", // of the anti-forensic splitter and the digest
+		"--pbkdf", "pbkdf2", // the passphrase is a random key of 256 bits: argon2 would cost a second and 300 MB at each boot, and guard nothing
+		"--pbkdf-force-iterations", fmt.Sprint(minIterations), // for the same reason; also makes it not measure the machine
+		"--sector-size", fmt.Sprint(sectorSize), // else it depends on the device and the release
+		"--offset", fmt.Sprint(dataOffset/512), // in sectors of 512; else it depends on the device's optimal I/O size
+		"--key-slot", "0", // the one that the token names
+		"--uuid", o.UUID, // preset: the caller's record has it before the header does
+		"--label", o.Label,
+		"--subsystem", Subsystem,
+		"--key-file=-", // the passphrase is all of standard input: no prompt, nothing cut at a line end
+		"--", path,     // a path is never an option
+	)
+}
+
+// importToken writes a token. The JSON is no secret.
+func importToken(ctx context.Context, path string, text []byte) error {
+	return cryptsetup(ctx, text, "token", "import",
+		"--batch-mode",
+		"--token-id", "0", // fails if it is taken
+		"--json-file=-", // standard input
+		"--", path)
+}
+
+// repair lets cryptsetup write the primary copy again from the secondary. By itself it refuses where it finds another signature
+// on the device.
+func repair(ctx context.Context, path string) error {
+	return cryptsetup(ctx, nil, "repair",
+		"--batch-mode", // no question; it reads the secondary that Inspect accepted
+		"--type", "luks2",
+		"--", path)
+}
+
+// findProgram looks in PATH and then in the system's directories. A relative directory in PATH is skipped.
+func findProgram(name string) (string, error) {
+	for _, dir := range filepath.SplitList(searchPath()) {
+		if !filepath.IsAbs(dir) {
+			continue
+		}
+		if found, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return found, nil
+		}
+	}
+	return "", &exec.Error{Name: name, Err: exec.ErrNotFound}
+}
+
+func searchPath() string {
+	if p := os.Getenv("PATH"); p != "" {
+		return p + ":" + systemDirs
+	}
+	return systemDirs
+}
+
+// limited keeps the first bytes that are written to it, so that no program can fill our memory.
+type limited struct{ b []byte }
+
+func (l *limited) Write(p []byte) (int, error) {
+	l.b = append(l.b, p[:min(len(p), 2048-len(l.b))]...)
+	return len(p), nil
+}
+
+func (l *limited) String() string { return string(l.b) }
+
+// line is the text as one printable line.
+func (l *limited) line() string {
+	return printable([]byte(strings.Join(strings.Fields(string(l.b)), " ")))
+}

@@ -1,0 +1,121 @@
+package luks
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// dataOffset is where the encrypted data starts, bytes. It is cryptsetup's default; asked for, because some devices move it.
+const dataOffset = 16 << 20
+
+// FormatOptions says what a new header carries.
+type FormatOptions struct {
+	UUID       string // canonical, lower case
+	Label      string // at most 47 bytes of printable text, may be empty
+	KeyARN     string // of the KMS key that wrapped the data key
+	WrappedKey []byte // the data key as KMS wrapped it
+}
+
+// Format makes path (a block device or an image file) a LUKS2 volume that k opens, with our token, and proves it: it inspects what
+// was written and unseals it. Whatever was on path is lost; whether that may be is the caller's decision, and the caller holds
+// the device.
+//
+// It is not atomic. A cut, an error or the end of ctx can leave [KindNone], [KindTorn], [KindEmpty], or a header of ours
+// without a token; formatting again with the same options mends all of them.
+//
+// The sector size is 4096 where the size of the device is a multiple of it, else 512: cryptsetup refuses 4096 there, and disks of
+// decimal sizes, such as EC2's instance store of 300 GB, are not.
+func Format(ctx context.Context, path string, o FormatOptions, k Key) error {
+	if err := format(ctx, path, o, k); err != nil {
+		return fmt.Errorf("cannot format %s: %w", path, err)
+	}
+	return nil
+}
+
+func format(ctx context.Context, path string, o FormatOptions, k Key) error {
+	if err := o.check(); err != nil {
+		return err
+	}
+	if err := checkKey(k); err != nil {
+		return err
+	}
+	before, err := inspectPath(path) // for the size only
+	if err != nil {
+		return err
+	}
+	sectorSize := 4096
+	if before.Size%int64(sectorSize) != 0 {
+		sectorSize = 512
+	}
+
+	if err := luksFormat(ctx, path, o, sectorSize, k); err != nil {
+		return err
+	}
+	bare, err := inspectPath(path)
+	if err != nil {
+		return err
+	}
+	if bare.checked == nil || !slices.Equal(bare.Reasons, []string{reasonNoToken}) {
+		return &HeaderError{path, bare.Reasons}
+	}
+	token := &Token{KeyARN: o.KeyARN, WrappedKey: o.WrappedKey, Version: tokenVersion}
+	if token.MAC, err = bare.checked.mac(k, token.Version); err != nil {
+		return err
+	}
+	text, err := token.encode()
+	if err != nil {
+		return err
+	}
+	if err := importToken(ctx, path, text); err != nil {
+		return err
+	}
+
+	done, err := inspectPath(path)
+	if err != nil {
+		return err
+	}
+	if err := done.verify(k); err != nil {
+		return err
+	}
+	h := done.Header
+	switch {
+	case done.SecondaryDamaged || done.PrimaryDamaged,
+		h.UUID != o.UUID, h.Label != o.Label, h.Subsystem != Subsystem,
+		h.SectorSize != sectorSize, h.Offset != dataOffset, len(h.Keyslots) != 1,
+		h.Token.KeyARN != o.KeyARN, !bytes.Equal(h.Token.WrappedKey, o.WrappedKey):
+		return &HeaderError{path, []string{"it is not the header that was asked for"}}
+	}
+	return flush(path)
+}
+
+func (o FormatOptions) check() error {
+	switch {
+	case !canonicalUUID(o.UUID):
+		return fmt.Errorf("%q is not a UUID in lower case", o.UUID)
+	case len(o.Label) >= lenLabel || printable([]byte(o.Label)) != o.Label:
+		return fmt.Errorf("the label %q is not printable text of at most %d bytes", o.Label, lenLabel-1)
+	}
+	if err := checkARN(o.KeyARN); err != nil {
+		return fmt.Errorf("the token would be refused: %w", err)
+	}
+	if err := checkWrapped(o.WrappedKey); err != nil {
+		return fmt.Errorf("the token would be refused: %w", err)
+	}
+	return nil
+}
+
+// flush makes the header durable. cryptsetup does so for each write; this also covers the device's own cache of what it wiped.
+func flush(path string) error {
+	// Read-only is enough to flush, and the close of a writer would make udev look again.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return pathCause(err)
+	}
+	defer f.Close()
+	return pathCause(f.Sync())
+}

@@ -1,0 +1,317 @@
+package luks
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Subsystem is what a header of ours carries in its subsystem field.
+const Subsystem = "luks-kms-agent"
+
+// A Key is a data key that the caller owns. Both slices are borrowed: this package neither changes nor keeps them.
+type Key interface {
+	Bytes() []byte      // the data key, 32 bytes
+	Passphrase() []byte // its standard base64, 44 bytes, no newline
+}
+
+// A Kind says what is on a device, as far as LUKS goes.
+type Kind string
+
+// The kinds.
+const (
+	KindNone  Kind = "none"  // no LUKS magic at the start, nor at any place where a second copy could be
+	KindLUKS1 Kind = "luks1" // a LUKS1 header; never trusted
+	KindTorn  Kind = "torn"  // a magic, but no valid copy of a header
+	KindEmpty Kind = "empty" // a valid LUKS2 header, no valid copy of which has a keyslot: nothing was ever readable under it
+	KindLUKS2 Kind = "luks2" // a valid LUKS2 header: its checksum holds. Whether it is trusted is another question
+)
+
+// A Token is our token as a header carries it. It is untrusted until [Inspection.Verify] returned nil, and its key ARN and
+// wrapped key even then are only hints (see the package comment).
+type Token struct {
+	ID         int
+	KeyARN     string
+	WrappedKey []byte
+	Keyslot    int // the slot that the data key opens
+	MAC        []byte
+	Version    int
+}
+
+// A Keyslot is a slot as a header describes it.
+type Keyslot struct {
+	ID         int
+	KeySize    int    // of the volume key in it, bits
+	Cipher     string // of its area
+	KDF        string // "pbkdf2", "argon2i", "argon2id"
+	Hash       string // of pbkdf2, "" for argon2
+	Iterations int    // of pbkdf2; of argon2 its time cost
+}
+
+// A Header is a header's facts. They are facts of an untrusted disk: texts have unprintable runes replaced, nothing else is
+// promised unless the inspection passed.
+type Header struct {
+	UUID       string // canonical lower case, "" where it is not a UUID
+	Label      string
+	Subsystem  string
+	Version    int    // 1 or 2
+	Cipher     string // of segment 0
+	KeySize    int    // of the volume key, bits
+	SectorSize int    // bytes
+	Offset     int64  // of the encrypted data, bytes
+	SeqID      uint64
+	Keyslots   []Keyslot // in order of their ids
+	Tokens     []string  // types of all tokens, in order of their ids
+	Token      *Token    // ours; nil if there is none, if it is malformed, or if there are several
+}
+
+// An Inspection is what one look at a device found.
+type Inspection struct {
+	Path string
+	Size int64 // of the device, bytes
+	Kind Kind
+
+	Ours             bool     // the subsystem is ours, or there is a token of ours
+	Reasons          []string // why the strict check refuses the header; none and KindLUKS2 is a pass
+	PrimaryDamaged   bool     // the primary copy is damaged, the secondary passes every check; Header is the secondary's
+	SecondaryDamaged bool     // the secondary copy is damaged or older than the primary, which is used
+	Header           *Header  // nil where there is no valid header
+
+	device  string   // "major:minor" of a block device, else the path
+	checked *checked // what unsealing needs; nil where the header in use was refused
+	area    []byte   // the area of the token's keyslot; nil without a token, or without a pass
+}
+
+// Pass reports whether the strict check has nothing against the header. It says nothing of whose header it is.
+func (i *Inspection) Pass() bool {
+	return i.Kind == KindLUKS2 && len(i.Reasons) == 0 && i.checked != nil
+}
+
+// A HeaderError says that a header is not trusted, and why: it was tampered with, it is damaged, or it is none of ours.
+type HeaderError struct {
+	Path    string
+	Reasons []string
+}
+
+func (e *HeaderError) Error() string {
+	return fmt.Sprintf("cannot trust the LUKS header of %s: %s", e.Path, strings.Join(e.Reasons, "; "))
+}
+
+// refusal is the error for a header that cannot be used, or nil.
+func (i *Inspection) refusal() error {
+	switch {
+	case i.Kind != KindLUKS2:
+		return &HeaderError{i.Path, append([]string{fmt.Sprintf("there is no usable LUKS2 header (found: %s)", i.Kind)}, i.Reasons...)}
+	case !i.Pass():
+		return &HeaderError{i.Path, i.Reasons}
+	case i.checked.token == nil:
+		return &HeaderError{i.Path, []string{reasonNoToken}}
+	}
+	return nil
+}
+
+// Inspect reads and judges the header of a block device or an image file. It opens the path read-only, takes no lock and writes
+// nothing. It never panics on what it reads, and never allocates more than a few MiB for it. An error means that the path could
+// not be read, never that something is wrong with what is on it.
+func Inspect(path string) (*Inspection, error) {
+	i, err := inspectPath(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot inspect %s: %w", path, err)
+	}
+	return i, nil
+}
+
+func inspectPath(path string) (*Inspection, error) {
+	// O_NONBLOCK: a fifo would make open wait for a writer, before it could be refused.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, pathCause(err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, pathCause(err)
+	}
+	device := path
+	switch mode := info.Mode(); {
+	case mode.IsRegular():
+	case mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0:
+		rdev := info.Sys().(*syscall.Stat_t).Rdev
+		device = fmt.Sprintf("%d:%d", unix.Major(rdev), unix.Minor(rdev))
+	default:
+		return nil, errors.New("it is neither a block device nor a regular file")
+	}
+	size, err := f.Seek(0, io.SeekEnd) // also the size of a block device
+	if err != nil {
+		return nil, pathCause(err)
+	}
+	i, err := inspect(f, size)
+	if err != nil {
+		return nil, pathCause(err)
+	}
+	i.Path, i.device = path, device
+	return i, nil
+}
+
+// pathCause drops the path that the os package repeats.
+func pathCause(err error) error {
+	var p *os.PathError
+	if errors.As(err, &p) && err == error(p) {
+		return p.Err
+	}
+	return err
+}
+
+// inspect is Inspect without the opening.
+func inspect(r io.ReaderAt, size int64) (*Inspection, error) {
+	i := &Inspection{Size: size, Kind: KindNone}
+
+	primary, magic, why, err := readCopy(r, size, 0)
+	if err != nil {
+		return nil, err
+	}
+	if primary == nil && magic {
+		if h, err := readLUKS1(r, size); err != nil {
+			return nil, err
+		} else if h != nil {
+			i.Kind, i.Header, i.Reasons = KindLUKS1, h, []string{"it is LUKS1, which has no place for a token"}
+			return i, nil
+		}
+	}
+
+	var current *headerCopy
+	var copies []*headerCopy
+	var reasons []string
+	if primary != nil {
+		secondary, _, _, err := readCopy(r, size, primary.size)
+		if err != nil {
+			return nil, err
+		}
+		current, copies = primary, []*headerCopy{primary}
+		if secondary != nil {
+			copies = append(copies, secondary)
+		}
+		switch {
+		case secondary == nil, secondary.seqID < primary.seqID:
+			i.SecondaryDamaged = true
+		case secondary.seqID > primary.seqID:
+			reasons = append(reasons, fmt.Sprintf("the secondary header copy is newer (sequence id %d) than the primary (%d)", secondary.seqID, primary.seqID))
+		case !primary.same(secondary):
+			reasons = append(reasons, "the two header copies differ")
+		}
+	} else {
+		for _, offset := range headerSizes {
+			secondary, found, _, err := readCopy(r, size, offset)
+			if err != nil {
+				return nil, err
+			}
+			magic = magic || found
+			if secondary != nil {
+				copies = append(copies, secondary)
+			}
+		}
+		if len(copies) == 0 {
+			if magic {
+				i.Kind = KindTorn
+				i.Reasons = []string{fmt.Sprintf("no copy of the LUKS2 header is valid (the primary: %s)", why)}
+			}
+			return i, nil
+		}
+		current = copies[0]
+		if len(copies) > 1 {
+			reasons = append(reasons, "there are several secondary header copies, and no valid primary")
+		}
+		overwritten, err := foreignHead(r)
+		if err != nil {
+			return nil, err
+		}
+		if overwritten {
+			reasons = append(reasons, "the primary header copy is overwritten by something that is not LUKS")
+		}
+	}
+
+	header, ck, judged := judge(current, size)
+	i.Kind, i.Header, i.checked = KindLUKS2, header, ck
+	reasons = append(reasons, judged...)
+	i.Ours = header.Subsystem == Subsystem || hasType(header.Tokens, tokenType)
+	if i.Ours && !hasType(header.Tokens, tokenType) {
+		reasons = append(reasons, reasonNoToken)
+	}
+
+	if empty(copies) {
+		i.Kind = KindEmpty
+	}
+	if primary == nil {
+		if len(reasons) == 0 && i.Kind == KindLUKS2 {
+			i.PrimaryDamaged = true
+		} else {
+			reasons = append(reasons, fmt.Sprintf("the primary header copy is damaged (%s)", why))
+		}
+	}
+	i.Reasons = reasons
+	if i.Pass() && i.checked.token != nil {
+		// Read now, by the same open file: unsealing touches the disk no more.
+		i.area = make([]byte, areaBytes)
+		if err := readFull(r, i.area, i.checked.areaOffset); err != nil {
+			return nil, err
+		}
+	}
+	return i, nil
+}
+
+// foreignHead reports whether the place of the primary copy holds something else than a header that was damaged or wiped. Only
+// called where a valid secondary exists, so the device has that many bytes.
+func foreignHead(r io.ReaderAt) (bool, error) {
+	head := make([]byte, binarySize)
+	if err := readFull(r, head, 0); err != nil {
+		return false, err
+	}
+	if string(head[:len(magicPrimary)]) == magicPrimary {
+		return false, nil
+	}
+	return len(bytes.Trim(head, "\x00")) != 0, nil
+}
+
+// readLUKS1 returns the facts of a LUKS1 header, nil if the version says that it is none. Offsets from the LUKS1 On-Disk Format
+// Specification 1.2.3, figure 1. Only called where the magic is there.
+func readLUKS1(r io.ReaderAt, size int64) (*Header, error) {
+	b := make([]byte, 208)
+	if size < int64(len(b)) {
+		return nil, nil
+	}
+	if err := readFull(r, b, 0); err != nil {
+		return nil, err
+	}
+	if b[offVersion] != 0 || b[offVersion+1] != 1 {
+		return nil, nil
+	}
+	be32 := func(at int) int64 {
+		return int64(b[at])<<24 | int64(b[at+1])<<16 | int64(b[at+2])<<8 | int64(b[at+3])
+	}
+	h := &Header{
+		Version:    1,
+		Cipher:     printable(trimNUL(b[8:40])) + "-" + printable(trimNUL(b[40:72])),
+		Offset:     be32(104) * 512,
+		KeySize:    int(be32(108)) * 8,
+		SectorSize: 512,
+	}
+	if u := string(trimNUL(b[168:208])); canonicalUUID(u) {
+		h.UUID = u
+	}
+	return h, nil
+}
+
+func hasType(types []string, want string) bool {
+	for _, t := range types {
+		if t == want {
+			return true
+		}
+	}
+	return false
+}

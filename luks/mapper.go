@@ -1,0 +1,182 @@
+package luks
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+	"unsafe"
+
+	"github.com/anatol/devmapper.go"
+	luksgo "github.com/anatol/luks.go"
+	"golang.org/x/sys/unix"
+)
+
+// Where udev makes the nodes of mappings, and device-mapper's own node, which devmapper.go has built in too.
+const (
+	nodeDir     = "/dev/mapper"
+	controlNode = nodeDir + "/control"
+)
+
+// A mapper is the few things of the kernel and udev that opening and closing need. Tests bring their own, everything else has kernelMapper.
+type mapper struct {
+	create  func(v *luksgo.Volume, name string) error
+	remove  func(name string) error
+	info    func(name string) (*devmapper.DeviceInfo, error)
+	targets func() ([]string, error) // known to the kernel now
+	node    func(name string) (devno uint64, ok bool)
+}
+
+func kernelMapper() mapper {
+	return mapper{
+		create:  func(v *luksgo.Volume, name string) error { return v.SetupMapper(name) },
+		remove:  luksgo.Lock,
+		info:    devmapper.InfoByName,
+		targets: kernelTargets,
+		node:    func(name string) (uint64, bool) { return blockNumber(filepath.Join(nodeDir, name)) },
+	}
+}
+
+// blockNumber is the number of the block device that path leads to.
+func blockNumber(path string) (uint64, bool) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return 0, false
+	}
+	return st.Rdev, true
+}
+
+// explain turns the kernel's answer to a creation into one of our errors. luks.go has removed what it created, except where the
+// last of its three steps failed, which takes a kernel without memory.
+func (dm mapper) explain(err error) error {
+	switch {
+	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):
+		return fmt.Errorf("%w: %w", ErrBusy, err)
+	case noControl(err):
+		return fmt.Errorf("%w: %w", ErrNoDMCrypt, err)
+	case errors.Is(err, unix.EINVAL):
+		// An unknown target is EINVAL, like everything else that a table can be wrong in.
+		if names, e := dm.targets(); e == nil && !hasType(names, "crypt") {
+			return fmt.Errorf("%w: %w", ErrNoDMCrypt, err)
+		}
+	}
+	return fmt.Errorf("cannot map it: %w", err)
+}
+
+// noControl: the control node is missing, or nothing is behind it.
+func noControl(err error) bool {
+	var p *os.PathError
+	return errors.As(err, &p) && p.Path == controlNode &&
+		(errors.Is(p.Err, unix.ENOENT) || errors.Is(p.Err, unix.ENODEV) || errors.Is(p.Err, unix.ENXIO))
+}
+
+// undo removes a mapping that was just made. udev may be looking at it.
+func (dm mapper) undo(name string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	return dm.close(ctx, name)
+}
+
+// Check reports whether the kernel can map volumes, by [ErrNoDMCrypt] if not. It loads the module dm_crypt, by modprobe, if the kernel
+// does not have the target yet. It needs root.
+func Check() error {
+	if err := checkCrypt(kernelTargets, modprobe); err != nil {
+		return fmt.Errorf("cannot find dm-crypt: %w", err)
+	}
+	return nil
+}
+
+func checkCrypt(targets func() ([]string, error), load func() error) error {
+	names, err := targets()
+	if err == nil && hasType(names, "crypt") {
+		return nil
+	}
+	if err != nil && !noControl(err) {
+		return err
+	}
+	loadErr := load()
+	names, err = targets()
+	switch {
+	case err == nil && hasType(names, "crypt"):
+		return nil // whatever modprobe said: the kernel is what counts
+	case err != nil && !noControl(err):
+		return err
+	}
+	if err == nil {
+		err = errors.New("device-mapper has no target \"crypt\"")
+	}
+	if loadErr != nil {
+		return fmt.Errorf("%w: %w; %w", ErrNoDMCrypt, err, loadErr)
+	}
+	return fmt.Errorf("%w: %w", ErrNoDMCrypt, err)
+}
+
+func modprobe() error {
+	program, err := findProgram("modprobe")
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, "dm_crypt")
+	cmd.Env = []string{"LC_ALL=C", "PATH=" + searchPath()}
+	var out limited
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("modprobe dm_crypt: %w (%s)", err, out.line())
+	}
+	return nil
+}
+
+// kernelTargets asks device-mapper for the targets that are loaded (DM_LIST_VERSIONS, include/uapi/linux/dm-ioctl.h).
+func kernelTargets() ([]string, error) {
+	f, err := os.Open(controlNode)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	for size := 16 << 10; ; size *= 4 {
+		data := make([]byte, size)
+		h := (*unix.DmIoctl)(unsafe.Pointer(&data[0]))
+		h.Version = [3]uint32{4, 0, 0}
+		h.Data_size = uint32(size)
+		h.Data_start = unix.SizeofDmIoctl
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.DM_LIST_VERSIONS, uintptr(unsafe.Pointer(&data[0])))
+		runtime.KeepAlive(f)
+		if errno != 0 {
+			return nil, os.NewSyscallError("ioctl(DM_LIST_VERSIONS)", errno)
+		}
+		if h.Flags&unix.DM_BUFFER_FULL_FLAG != 0 && size < 1<<20 {
+			continue
+		}
+		return targetNames(data[min(h.Data_start, uint32(size)):min(h.Data_size, uint32(size))]), nil
+	}
+}
+
+// targetNames parses a list of struct dm_target_versions: next (offset from this entry, 0 in the last), version[3], name with NUL.
+func targetNames(b []byte) []string {
+	const head = 16
+	var names []string
+	for len(b) > head {
+		next := binary.NativeEndian.Uint32(b)
+		name := b[head:]
+		if end := bytes.IndexByte(name, 0); end >= 0 {
+			name = name[:end]
+		}
+		if len(name) > 0 {
+			names = append(names, strings.Clone(string(name)))
+		}
+		if next <= head || uint64(next) > uint64(len(b)) {
+			break
+		}
+		b = b[next:]
+	}
+	return names
+}

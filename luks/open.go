@@ -1,0 +1,264 @@
+package luks
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"reflect"
+	"slices"
+	"strconv"
+	"time"
+
+	luksgo "github.com/anatol/luks.go"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxName is what is left of a device-mapper UUID (DM_UUID_LEN 129, with its NUL) after "CRYPT-LUKS2-", the 32 digits of the
+	// volume's UUID and "-". It also is below DM_NAME_LEN. Longer names would be cut without an error.
+	maxName = 128 - 12 - 32 - 1
+
+	// nodeTimeout is how long udev may take for a node. It is far more than it ever needs, also at a boot under emulation.
+	nodeTimeout = time.Minute
+
+	// memoryHeader is the size of the header that luks.go is given; the smallest that LUKS2 has. Keyslot areas start at twice the
+	// size of the header on disk, which is at least this, so they can keep their offsets.
+	memoryHeader = 0x4000
+)
+
+// OpenOptions says how to map a volume.
+type OpenOptions struct {
+	Name         string // of the mapping: 1 to 83 of A-Z a-z 0-9 # + - . : = @ _
+	NoWorkqueues bool   // no_read_workqueue and no_write_workqueue, where the kernel has them (Linux 5.9)
+}
+
+// Verify unseals the slot that our token names and checks the token's MAC. It maps nothing, and it reads nothing more from the disk.
+//
+// [ErrWrongKey]: k is not this volume's key. *[HeaderError]: the header did not pass; or k is the right key, as it opens the slot or
+// makes the MAC hold, but the rest was tampered with or is damaged.
+func (i *Inspection) Verify(k Key) error {
+	if err := i.verify(k); err != nil {
+		return fmt.Errorf("cannot verify %s: %w", i.Path, err)
+	}
+	return nil
+}
+
+func (i *Inspection) verify(k Key) error {
+	v, err := i.unseal(k)
+	if err != nil {
+		return err
+	}
+	wipe(v)
+	return nil
+}
+
+// Open verifies the volume like [Inspection.Verify], maps it as /dev/mapper/NAME and waits for that node, for a minute
+// or until ctx ends. It runs no program. On an error nothing stays mapped.
+//
+// Errors are those of Verify, [ErrBusy] (the name or the device is in use) and [ErrNoDMCrypt].
+func (i *Inspection) Open(ctx context.Context, k Key, o OpenOptions) error {
+	if err := i.open(ctx, k, o, kernelMapper()); err != nil {
+		return fmt.Errorf("cannot open %s as %s: %w", i.Path, o.Name, err)
+	}
+	return nil
+}
+
+func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) error {
+	if err := checkName(o.Name); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	v, err := i.unseal(k)
+	if err != nil {
+		return err
+	}
+	defer wipe(v)
+
+	// By number, not by path: it is the device that was read, whatever a link says by now; and a path could have a space, which
+	// would be another field of the table.
+	v.BackingDevice = i.device
+	v.Flags = slices.Clone(i.checked.flags)
+	if o.NoWorkqueues {
+		for _, f := range []string{flagNoRead, flagNoWrite} {
+			if !slices.Contains(v.Flags, f) {
+				v.Flags = append(v.Flags, f)
+			}
+		}
+	}
+	if _, err := dm.info(o.Name); err == nil {
+		return fmt.Errorf("%w: %s is mapped already", ErrBusy, o.Name)
+	}
+	err = dm.create(v, o.Name)
+	if errors.Is(err, unix.EINVAL) && len(v.Flags) > len(i.checked.flags) {
+		// Before Linux 5.9 dm-crypt refuses the whole table for these two. They only make it faster.
+		v.Flags = slices.Clone(i.checked.flags)
+		err = dm.create(v, o.Name)
+	}
+	if err != nil {
+		return dm.explain(err)
+	}
+	if err := dm.waitForNode(ctx, o.Name); err != nil {
+		if undo := dm.undo(o.Name); undo != nil {
+			return fmt.Errorf("%w (and the mapping could not be removed: %w)", err, undo)
+		}
+		return err
+	}
+	return nil
+}
+
+// unseal returns the volume with its key, which the caller wipes. Everything that Verify promises is done when it returns.
+func (i *Inspection) unseal(k Key) (*luksgo.Volume, error) {
+	if err := i.refusal(); err != nil {
+		return nil, err
+	}
+	if err := checkKey(k); err != nil {
+		return nil, err
+	}
+	c := i.checked
+	mac, err := c.mac(k, c.token.Version)
+	if err != nil {
+		return nil, err
+	}
+	macHolds := hmac.Equal(mac, c.token.MAC)
+
+	v, err := c.unsealInMemory(i.area, k)
+	wrongKey := errors.Is(err, luksgo.ErrPassphraseDoesNotMatch)
+	switch {
+	case err != nil && !wrongKey:
+		return nil, fmt.Errorf("cannot unseal keyslot %d: %w", c.token.Keyslot, err)
+	case wrongKey && macHolds:
+		return nil, &HeaderError{i.Path, []string{fmt.Sprintf("the key is right, as the token's MAC holds, but it does not open keyslot %d: the keyslot is damaged or was changed", c.token.Keyslot)}}
+	case wrongKey:
+		return nil, ErrWrongKey
+	}
+	if !macHolds {
+		wipe(v)
+		return nil, &HeaderError{i.Path, []string{"the token's MAC does not hold, though the key opens the keyslot: the header was changed, or the token is another volume's"}}
+	}
+	if err := c.compare(v); err != nil {
+		wipe(v)
+		return nil, &HeaderError{i.Path, []string{err.Error()}}
+	}
+	return v, nil
+}
+
+// unsealInMemory lets luks.go unseal a header that is made here from judged values: one keyslot, its digest, one segment, no token.
+// The keyslot's area keeps its offset. What luks.go reads is a file in memory that nobody else can write.
+func (c *checked) unsealInMemory(area []byte, k Key) (v *luksgo.Volume, err error) {
+	slot := strconv.Itoa(c.token.Keyslot)
+	digest := c.digest
+	digest.Keyslots = []string{slot}
+	segment := c.segment
+	// A fixed size: luks.go would take "dynamic" from the size of the file.
+	segment.Size = strconv.FormatInt(c.length, 10)
+	text, err := json.Marshal(metadata{
+		Keyslots: map[string]jsonKeyslot{slot: c.slot},
+		Tokens:   map[string]json.RawMessage{},
+		Segments: map[string]jsonSegment{"0": segment},
+		Digests:  map[string]jsonDigest{c.digestID: digest},
+		Config:   jsonConfig{JSONSize: strconv.Itoa(memoryHeader - binarySize), KeyslotsSize: "0"},
+	})
+	if err != nil {
+		return nil, err
+	}
+	header, err := buildPrimary(memoryHeader, c.uuid, text)
+	if err != nil {
+		return nil, err
+	}
+
+	fd, err := unix.MemfdCreate("luks-header", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	f := os.NewFile(uintptr(fd), "luks-header")
+	defer f.Close()
+	if _, err := f.WriteAt(header, 0); err != nil {
+		return nil, err
+	}
+	if _, err := f.WriteAt(area, c.areaOffset); err != nil {
+		return nil, err
+	}
+
+	// The strict check leaves nothing that is known to make luks.go panic. If there is something, it costs this volume, not the
+	// process, which opens others at the same time.
+	defer func() {
+		if p := recover(); p != nil {
+			v, err = nil, fmt.Errorf("luks.go panicked: %v", p)
+		}
+	}()
+	d, err := luksgo.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	return d.UnsealVolume(c.token.Keyslot, k.Passphrase())
+}
+
+// compare holds what luks.go understood against what was judged.
+func (c *checked) compare(v *luksgo.Volume) error {
+	key := volumeKey(v)
+	switch {
+	case v.LuksType != "LUKS2", v.UUID != c.uuid,
+		v.StorageEncryption != cipher, v.StorageIvTweak != 0,
+		v.StorageSectorSize != uint64(c.segment.SectorSize),
+		v.StorageOffset != uint64(c.offset), v.StorageSize != uint64(c.length),
+		len(key) != keyBytes, bytes.Equal(key, make([]byte, keyBytes)):
+		return errors.New("the unsealed volume is not the one that was checked")
+	}
+	return nil
+}
+
+// volumeKey is the key inside a luks.go volume, the very bytes. luks.go neither exports nor wipes it. Reflection may read, not
+// set, an unexported slice; its elements are writable.
+func volumeKey(v *luksgo.Volume) []byte {
+	f := reflect.ValueOf(v).Elem().FieldByName("key")
+	if f.Kind() != reflect.Slice || f.Type().Elem().Kind() != reflect.Uint8 {
+		return nil // another release of luks.go; compare refuses it
+	}
+	return f.Bytes()
+}
+
+func wipe(v *luksgo.Volume) { clear(volumeKey(v)) }
+
+// checkName allows what udev puts under /dev/mapper unchanged (the list of libdevmapper's name mangling).
+func checkName(name string) error {
+	if name == "" || len(name) > maxName || name == "." || name == ".." || name == "control" {
+		return fmt.Errorf("%q is not a name of a mapping", name)
+	}
+	for _, c := range []byte(name) {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', bytes.IndexByte([]byte("#+-.:=@_"), c) >= 0:
+		default:
+			return fmt.Errorf("%q is not a name of a mapping", name)
+		}
+	}
+	return nil
+}
+
+// waitForNode returns when udev has made the node of the mapping that is there now. It polls: udev has no better signal that
+// needs no library.
+func (dm mapper) waitForNode(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
+	defer cancel()
+	for pause := 2 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		info, err := dm.info(name)
+		if err != nil {
+			return fmt.Errorf("cannot ask for the mapping: %w", err)
+		}
+		// By number: a stale node of an earlier mapping of this name may still be there.
+		if number, ok := dm.node(name); ok && number == info.DevNo {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("its node did not appear: %w", context.Cause(ctx))
+		case <-time.After(pause):
+		}
+	}
+}

@@ -1,0 +1,60 @@
+package luks
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+)
+
+// RestorePrimary writes the primary header copy of a volume of ours again, from a secondary that passes every check, and proves that
+// the header says the same afterwards. cryptsetup does the writing. It touches nothing else, and nothing at all where
+// the primary is sound: that is no error.
+//
+// *[HeaderError]: the header does not pass, is not ours, or is not the same afterwards. Callers that have the key should call
+// [Inspection.Verify] first: it authenticates the secondary.
+func RestorePrimary(ctx context.Context, path string) error {
+	if err := restorePrimary(ctx, path); err != nil {
+		return fmt.Errorf("cannot restore the primary header of %s: %w", path, err)
+	}
+	return nil
+}
+
+func restorePrimary(ctx context.Context, path string) error {
+	before, err := inspectPath(path)
+	if err != nil {
+		return err
+	}
+	if err := before.refusal(); err != nil {
+		return err
+	}
+	if !before.PrimaryDamaged {
+		return nil
+	}
+	if err := repair(ctx, path); err != nil {
+		return err
+	}
+	after, err := inspectPath(path)
+	if err != nil {
+		return err
+	}
+	if err := after.refusal(); err != nil {
+		return err
+	}
+	if err := sameHeader(before, after); err != nil {
+		return &HeaderError{path, []string{err.Error()}}
+	}
+	return flush(path)
+}
+
+// sameHeader compares everything that opening depends on, and the facts.
+func sameHeader(before, after *Inspection) error {
+	if after.PrimaryDamaged || after.SecondaryDamaged {
+		return errors.New("a header copy still is damaged")
+	}
+	if !reflect.DeepEqual(before.Header, after.Header) || !reflect.DeepEqual(before.checked, after.checked) || !bytes.Equal(before.area, after.area) {
+		return errors.New("the header is another one than before the restore")
+	}
+	return nil
+}

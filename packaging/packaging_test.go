@@ -1,0 +1,132 @@
+// Package packaging_test proves that what is shipped as an example works as it stands.
+package packaging_test
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/luks-kms-agent/luks-kms-agent/agent"
+)
+
+func read(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func load(t *testing.T, text string) (agent.Config, error) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "config.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return agent.LoadConfig(file)
+}
+
+// A line that is a field behind a comment sign, as opposed to prose.
+var commentedField = regexp.MustCompile(`(?m)^# (( {2,}(- )?)?[a-z_]+:( .*)?)$`)
+
+func TestExampleConfiguration(t *testing.T) {
+	text := read(t, "config.yaml")
+	if _, err := load(t, text); err != nil {
+		t.Errorf("as shipped: %v", err)
+	}
+	all := commentedField.ReplaceAllString(text, "$1")
+	config, err := load(t, all)
+	if err != nil {
+		t.Fatalf("with every line in force: %v\n%s", err, all)
+	}
+	if len(config.Volumes) != 1 || len(config.AllowedKeys) != 1 || len(config.Exclude) != 2 {
+		t.Errorf("lines were lost: %+v", config)
+	}
+
+	// Defaults are shown as they are: the example with every line in force is the smallest file, but for what has no default.
+	least, err := load(t, "kms_key: "+config.KMSKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if config.KeyScope != least.KeyScope || config.Filesystem != least.Filesystem || config.InstanceStore != least.InstanceStore ||
+		config.EBS != least.EBS || config.RetryLimit != least.RetryLimit || config.CallTimeout != least.CallTimeout ||
+		config.Workqueues != least.Workqueues || config.StateDir != least.StateDir {
+		t.Errorf("a default is shown wrong:\n%+v, the defaults are\n%+v", config, least)
+	}
+
+	// Every field that the agent knows stands in the example and in the documentation, and none that it does not know.
+	_, err = load(t, "no_such_field: 1")
+	if err == nil {
+		t.Fatal("an unknown field was accepted")
+	}
+	_, list, ok := strings.Cut(err.Error(), "(allowed: ")
+	if !ok {
+		t.Fatalf("the message names no allowed fields: %v", err)
+	}
+	fields := strings.Split(strings.TrimSuffix(list, ")"), ", ")
+	var shown map[string]any
+	if err := yaml.Unmarshal([]byte(all), &shown); err != nil {
+		t.Fatal(err)
+	}
+	doc := read(t, "../docs/configuration.md")
+	for _, f := range fields {
+		if _, ok := shown[f]; !ok {
+			t.Errorf("the example does not show %s", f)
+		}
+		if !strings.Contains(doc, "| `"+f+"` |") {
+			t.Errorf("docs/configuration.md does not tell of %s", f)
+		}
+	}
+}
+
+func TestCloudInitLeavesTheDisksAlone(t *testing.T) {
+	var c struct{ Mounts [][]*string }
+	if err := yaml.Unmarshal([]byte(read(t, "90_luks-kms-agent.cfg")), &c); err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Mounts) != 1 || len(c.Mounts[0]) != 2 || *c.Mounts[0][0] != "ephemeral0" || c.Mounts[0][1] != nil {
+		t.Errorf("mounts are %v, want [[ephemeral0, null]]", c.Mounts)
+	}
+}
+
+// The policies grant what the agent calls and nothing else, and the README shows the same text.
+func TestPolicies(t *testing.T) {
+	type statement struct {
+		Sid, Effect string
+		Action      []string
+		Resource    string
+		Principal   map[string]string
+	}
+	var policy struct {
+		Version   string
+		Statement []statement
+	}
+	want := []string{"kms:GenerateDataKey", "kms:Decrypt", "kms:DescribeKey"}
+	for file, sid := range map[string]string{"node-role.json": "LuksKmsAgent", "key-policy.json": "NodesUseKey"} {
+		text := read(t, filepath.Join("policies", file))
+		if err := json.Unmarshal([]byte(text), &policy); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		i := slices.IndexFunc(policy.Statement, func(s statement) bool { return s.Sid == sid })
+		if i < 0 || !slices.Equal(policy.Statement[i].Action, want) || policy.Statement[i].Effect != "Allow" {
+			t.Errorf("%s: statement %s of %+v does not allow just %v", file, sid, policy.Statement, want)
+		}
+		for _, s := range policy.Statement {
+			if s.Sid != sid && slices.ContainsFunc(s.Action, func(a string) bool {
+				return slices.Contains(want[:2], a) || a == "kms:*" || a == "kms:G*" || a == "kms:D*" || a == "kms:GenerateDataKey*"
+			}) {
+				t.Errorf("%s: statement %s lets others use the key", file, s.Sid)
+			}
+		}
+		if !strings.Contains(read(t, "../README.md"), strings.TrimSpace(text)) {
+			t.Errorf("README.md does not show %s as it is", file)
+		}
+	}
+}

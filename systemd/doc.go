@@ -1,0 +1,25 @@
+// Package systemd is the agent's side of the service manager: it tells systemd how the run goes (sd_notify) and asks it
+// to mount and unmount (transient mount units over D-Bus). The unit files luks-kms-agent.service and
+// luks-kms-agent.target lie beside it.
+//
+// The agent never calls mount(2). A mount made by systemd lands in the host's mount namespace whatever sandbox the agent
+// runs in, has a unit that consumers can name in RequiresMountsFor=, and is taken down in order at shutdown.
+//
+// # Order of a mount unit
+//
+// The boot and the shutdown of one mount:
+//
+//	start:  luks-kms-agent.service runs, and while it runs: the mount  ->  luks-kms-agent.target  ->  consumers
+//	stop:   consumers  ->  luks-kms-agent.target  ->  the mount  ->  umount.target
+//
+// The unit therefore is Before=luks-kms-agent.target: the target stops before the unmount, and consumers, which are
+// After= the target, stop before the target. It must not be After=luks-kms-agent.service: a oneshot service is
+// "starting" until its process ends, so the mount's job would wait for the agent and the agent for the mount's job.
+// Nothing is lost by that: the service has no ExecStop=, so stopping it does nothing that the mount could need.
+//
+// DefaultDependencies=no, because the defaults put a mount Before=local-fs.target while the service is After= it: the
+// stop jobs of a shutdown would form a cycle, and systemd breaks a cycle by dropping one of the jobs. The one default
+// that matters, to be unmounted by umount.target, is set by hand.
+//
+// The package imports no sibling, and knows nothing of LUKS or KMS.
+package systemd

@@ -90,5 +90,5 @@ install: build ## install under DESTDIR: program, units, cloud-init drop-in, exa
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json
 	@install -d -m 0755 $(DESTDIR)/etc/luks-kms-agent
 
-clean: ## remove what build made (the cache of images and tools stays in ~/.cache/luks-kms-agent)
-	@rm -rf bin
+clean: ## remove what the targets left here (the cache of images and tools stays in ~/.cache/luks-kms-agent)
+	@rm -rf bin build

@@ -627,6 +627,23 @@ func TestExpiredCredentials(t *testing.T) {
 	expect(t, err, ReasonIMDS, CodeForbidden)
 }
 
+// The SDK would use credentials that have expired for another 5 to 15 minutes
+// when the metadata service fails.
+func TestExpiredCredentialsAreNotUsedOn(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, func(o *Options) { o.RetryLimit = -1 })
+	expiration := time.Now().Add(1500 * time.Millisecond).Truncate(time.Second)
+	n.imds.Rotate(expiration)
+	n.generate(t)
+	time.Sleep(time.Until(expiration) + 10*time.Millisecond)
+	n.imds.Set(kmstest.Off)
+	_, _, err := n.Generate(t.Context())
+	expect(t, err, ReasonIMDS, CodeForbidden)
+	if c := n.kms.Count("GenerateDataKey"); c != 1 {
+		t.Errorf("KMS was asked %d times", c)
+	}
+}
+
 func TestCheckKey(t *testing.T) {
 	n := newNode(t)
 	n.kms.Alias("alias/disks", n.kms.ARN())
@@ -764,7 +781,7 @@ func TestOnlyOptionsDecide(t *testing.T) {
 	if _, err := redirect.Identity(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	redirect.kms.Fail(kmstest.Fault{Status: 307, Header: http.Header{"Location": {trap.URL}}})
+	redirect.kms.Fail(kmstest.Fault{Status: 302, Header: http.Header{"Location": {trap.URL}}})
 	if _, _, err := redirect.Generate(t.Context()); err == nil {
 		t.Error("a redirect was followed")
 	}
@@ -905,13 +922,11 @@ func TestSDKDoesNotRetry(t *testing.T) {
 		}
 		n.kms.Heal()
 	}
-	n.imds.Set(kmstest.TokenError)
 	m := newNode(t, func(o *Options) { o.RetryLimit = -1 })
 	for _, mode := range []kmstest.Mode{kmstest.TokenError, kmstest.Off, kmstest.Down} {
 		m.imds.Set(mode)
 		before := len(m.imds.Requests())
 		_, _ = m.Identity(t.Context())
-		// net/http sends once more on a connection that it reused.
 		if d := len(m.imds.Requests()) - before; d != 1 {
 			t.Errorf("%s: %d requests", mode, d)
 		}

@@ -200,9 +200,7 @@ func decode(data []byte, into any) error {
 	if err := checkNames(json.NewDecoder(bytes.NewReader(data)), fieldNames(into)); err != nil {
 		return err
 	}
-	dec = json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	return jsonError(dec.Decode(into))
+	return json.Unmarshal(data, into)
 }
 
 func jsonError(err error) error {

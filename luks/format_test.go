@@ -297,11 +297,14 @@ func TestFindProgram(t *testing.T) {
 		t.Errorf("without PATH: %q %v", p, err)
 	}
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "here"), []byte("#!/bin/sh\n"), 0o700); err != nil {
+	if err := os.Mkdir(filepath.Join(dir, "bin"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "bin", "here"), []byte("#!/bin/sh\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	t.Chdir(dir)
-	t.Setenv("PATH", ".")
+	t.Setenv("PATH", "bin")
 	if p, err := findProgram("here"); err == nil {
 		t.Errorf("found %q through a relative directory", p)
 	}

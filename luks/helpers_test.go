@@ -44,7 +44,7 @@ func testOptions() FormatOptions {
 	return FormatOptions{UUID: testUUID, Label: "data", KeyARN: testARN, WrappedKey: []byte("what KMS wrapped")}
 }
 
-// head is the part of an image that a header can be in; what follows is a hole.
+// headBytes of an image are what tests copy: both header copies and the keyslots in use. What follows is a hole.
 const headBytes = 1 << 20
 
 // template is the head of an image that Format made, once for all tests.

@@ -147,6 +147,12 @@ func TestTwoCopies(t *testing.T) {
 		{"secondary flipped", func(t *testing.T, p string) { flip(t, p, secondaryAt+5000) }, "", false, true},
 		{"secondary without magic", func(t *testing.T, p string) { flip(t, p, secondaryAt) }, "", false, true},
 		{"secondary wiped", func(t *testing.T, p string) { write(t, p, secondaryAt, make([]byte, 0x4000)) }, "", false, true},
+		{"secondary of another size", func(t *testing.T, p string) {
+			b := read(t, p, secondaryAt, 0x8000) // with what now would be its JSON area: keyslots
+			b[offSize+6] = 0x80
+			seal(b)
+			write(t, p, secondaryAt, b)
+		}, "", false, true},
 		{"secondary older", func(t *testing.T, p string) { older(t, p, secondaryAt) }, "", false, true},
 		{"secondary newer", func(t *testing.T, p string) { older(t, p, primaryAt) }, "secondary header copy is newer", false, false},
 		{"labels differ", func(t *testing.T, p string) {

@@ -17,9 +17,9 @@
 // "starting" until its process ends, so the mount's job would wait for the agent and the agent for the mount's job.
 // Nothing is lost by that: the service has no ExecStop=, so stopping it does nothing that the mount could need.
 //
-// DefaultDependencies=no, because the defaults put a mount Before=local-fs.target while the service is After= it: the
-// stop jobs of a shutdown would form a cycle, and systemd breaks a cycle by dropping one of the jobs. The one default
-// that matters, to be unmounted by umount.target, is set by hand.
+// DefaultDependencies=no, because the defaults order a mount before local-fs.target, which the service is after: the
+// opposite of what happens, and one more order (a drop-in with After=luks-kms-agent.service) closes a cycle, which systemd
+// breaks by dropping a job. The one default that matters, to be unmounted by umount.target, is set by hand.
 //
 // The package imports no sibling, and knows nothing of LUKS or KMS.
 package systemd

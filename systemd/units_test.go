@@ -26,10 +26,10 @@ var enabledUnits = map[string][]string{
 	"networkd":   {"systemd-networkd.service", "systemd-networkd-wait-online.service"},
 }
 
-// What the fstab generator makes (systemd 252) of a line with x-systemd.requires=luks-kms-agent.service. systemd reads
+// What the fstab generator makes (systemd 252) of a line with x-systemd.requires=luks-kms-agent.target. systemd reads
 // the options again: _netdev and nofail decide which target the mount is Before=.
 func fstabMount(where, options, before string) string {
-	return "[Unit]\nSourcePath=/etc/fstab\nAfter=luks-kms-agent.service\nRequires=luks-kms-agent.service\n" + before +
+	return "[Unit]\nSourcePath=/etc/fstab\nAfter=luks-kms-agent.target\nRequires=luks-kms-agent.target\n" + before +
 		"[Mount]\nWhat=/dev/mapper/luks-x\nWhere=" + where + "\nType=xfs\nOptions=" + options + "\n"
 }
 

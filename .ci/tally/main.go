@@ -5,8 +5,8 @@
 //	tally FILE
 //
 // The first form appends its counts to FILE and exits with 1 unless every test passed: a skipped test is a test that
-// did not run. The second form adds up the counts of FILE and prints "N passed, N failed" (", N skipped" where there
-// are any) as its last and only line.
+// did not run. The second form adds up the counts in FILE. Both end with the line "N passed, N failed" (", N skipped"
+// where there are any).
 package main
 
 import (
@@ -47,6 +47,7 @@ func run(in io.Reader, out io.Writer, to string, live bool, files []string) (cou
 	if err != nil {
 		return c, err
 	}
+	fmt.Fprintln(out, c)
 	if to == "" {
 		return c, nil
 	}

@@ -102,11 +102,15 @@ func (h *Hold) Close() error { return h.file.Close() }
 // Check verifies, without a lock and without opening the device for writing, that it still is the one that was
 // scanned: ErrChanged if not.
 func (d Device) Check() error {
+	return d.check(func(f *os.File) (openFacts, error) { return readOpenFacts(f, d.root) })
+}
+
+func (d Device) check(facts func(*os.File) (openFacts, error)) error {
 	f, err := os.OpenFile(d.root+d.Path, os.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return fmt.Errorf("cannot check %s: %w", d.Path, err)
 	}
-	h := &Hold{file: f, device: d, facts: func(f *os.File) (openFacts, error) { return readOpenFacts(f, d.root) }}
+	h := &Hold{file: f, device: d, facts: facts}
 	defer h.Close()
 	return h.Recheck()
 }

@@ -30,6 +30,9 @@ func TestHoldVerifiesIdentity(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if err := d.check(read); err != nil {
+			t.Errorf("%s: check of the same device: %v", name, err)
+		}
 		change(facts)
 		if err := h.Recheck(); !errors.Is(err, ErrChanged) {
 			t.Errorf("%s: recheck: %v", name, err)
@@ -39,6 +42,9 @@ func TestHoldVerifiesIdentity(t *testing.T) {
 		}
 		if _, err := d.hold(t.Context(), read); !errors.Is(err, ErrChanged) {
 			t.Errorf("%s: hold: %v", name, err)
+		}
+		if err := d.check(read); !errors.Is(err, ErrChanged) {
+			t.Errorf("%s: check: %v", name, err)
 		}
 	}
 }

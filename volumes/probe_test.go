@@ -219,6 +219,17 @@ func TestMissingProgram(t *testing.T) {
 	}
 }
 
+func TestCheckMakeFilesystem(t *testing.T) {
+	for _, fstype := range []string{"xfs", "ext4"} {
+		if err := CheckMakeFilesystem(fstype); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := CheckMakeFilesystem("absent"); !errors.Is(err, ErrNoProgram) {
+		t.Errorf("a program that is not there: %v", err)
+	}
+}
+
 func TestMakeFilesystem(t *testing.T) {
 	const uuid = "0f8fad5b-d9cb-469f-a165-70867728950e"
 	for fstype, size := range map[string]int64{"ext4": 64 * mib, "xfs": 400 * mib} {

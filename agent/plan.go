@@ -188,8 +188,7 @@ func (d *decision) device(dev DeviceFacts) Action {
 	if dev.Class == "" {
 		return leave("neither an instance-store nor an EBS volume, and not named in the configuration")
 	}
-	policy := d.policy(dev.Class)
-	if policy == PolicyIgnore && dev.Named == "" {
+	if d.policy(dev.Device) == PolicyIgnore {
 		return leave("the configuration says %s: ignore", policyField(dev.Class))
 	}
 	if m, ok := ourMapping(dev.Device, rec); ok && recorded {
@@ -218,7 +217,7 @@ func (d *decision) device(dev DeviceFacts) Action {
 	case recorded:
 		return d.formatting(a, rec)
 	case h.Kind == luks.KindNone:
-		return d.unknown(a, policy)
+		return d.unknown(a)
 	case h.Kind == luks.KindLUKS2 && h.Ours && !h.Pass():
 		return refuse(RefusedHeader, "no record, and its LUKS header cannot be trusted: %s", strings.Join(h.Reasons, "; "))
 	case h.Kind == luks.KindLUKS2 && h.Ours:
@@ -324,7 +323,7 @@ func (d *decision) ready(a Action, rec keycache.VolumeRecord) Action {
 		return refuse(RefusedDevice, "its content was not read")
 	case !a.Device.Content.Blank:
 		return refuse(RefusedContent, "the disk holds %s", a.Device.Content.Detail)
-	case a.Device.Class == volumes.ClassInstanceStore && d.mayFormat(volumes.ClassInstanceStore):
+	case a.Device.Class == volumes.ClassInstanceStore && d.policy(a.Device.Device) == PolicyFormat:
 		a.Replaces = []string{rec.UUID}
 		a.Volume = keycache.VolumeRecord{MountPoint: rec.MountPoint}
 		return d.format(a, fmt.Sprintf("proven blank: the volume %s went with a stop of the instance", rec.UUID))
@@ -371,8 +370,8 @@ func (d *decision) resume(a Action, why string) Action {
 }
 
 // unknown decides on a device without LUKS and without a record.
-func (d *decision) unknown(a Action, policy Policy) Action {
-	c := a.Device.Content
+func (d *decision) unknown(a Action) Action {
+	c, policy := a.Device.Content, d.policy(a.Device.Device)
 	switch {
 	case c == nil:
 		a.Verb, a.Refusal, a.Reason = Refuse, RefusedDevice, "its content was not read"
@@ -656,18 +655,19 @@ func (d *decision) volumeConfig(dev volumes.Device) (VolumeConfig, bool) {
 	return VolumeConfig{}, false
 }
 
-// policy is what the configuration says of a class; naming a volume asks for it.
-func (d *decision) policy(c volumes.Class) Policy {
-	switch c {
-	case volumes.ClassInstanceStore:
+// policy is what the configuration says of a device's class. Naming a volume asks
+// for it, whatever its class is told.
+func (d *decision) policy(dev volumes.Device) Policy {
+	switch {
+	case dev.Named != "":
+		return PolicyFormat
+	case dev.Class == volumes.ClassInstanceStore:
 		return d.Config.InstanceStore
-	case volumes.ClassEBS:
+	case dev.Class == volumes.ClassEBS:
 		return d.Config.EBS
 	}
 	return PolicyFormat
 }
-
-func (d *decision) mayFormat(c volumes.Class) bool { return d.policy(c) == PolicyFormat }
 
 func policyField(c volumes.Class) string { return strings.ReplaceAll(string(c), "-", "_") }
 

@@ -321,6 +321,8 @@ func TestPolicies(t *testing.T) {
 	checkAction(t, p.Actions[0], "leave: instance_store: ignore")
 	checkAction(t, p.Actions[1], "unlock /mnt: ready")
 	checkAction(t, p.Actions[2], "leave: ebs: unlock")
+	w.Devices[1].Named = "vol-2"
+	checkAction(t, Decide(w.Facts).Actions[2], "format /mnt1: proven blank")
 	w.Config.Exclude = []string{"vol-1"}
 	checkAction(t, Decide(w.Facts).Actions[1], "leave: excluded by the configuration (vol-1)")
 }

@@ -68,6 +68,9 @@ func (n *Node) Unlock(ctx context.Context, names []string) (Report, error) {
 func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error)) (report Report, err error) {
 	report = Report{Started: n.now()}
 	defer func() {
+		if errors.Is(err, keycache.ErrLocked) {
+			return // the status is the other command's to write
+		}
 		report.Finished = n.now()
 		report.Calls = n.cloud.Calls()
 		if werr := writeStatus(n.statusPath, newStatus(report, err)); werr != nil {

@@ -11,17 +11,10 @@ import (
 // Status sets the one-line status that `systemctl status` shows. Line breaks become spaces, because sd_notify ends a
 // field at a line break and what follows would be read as a field of its own.
 //
-// Status, Ready and ExtendTimeout do nothing where NOTIFY_SOCKET is not set, and report no errors: no run may fail
+// Status and ExtendTimeout do nothing where NOTIFY_SOCKET is not set, and report no errors: no run may fail
 // because systemd did not hear of its progress.
 func Status(text string) {
 	notify("STATUS=" + strings.Join(strings.FieldsFunc(text, func(r rune) bool { return r == '\n' || r == '\r' }), " "))
-}
-
-// Ready says that the run is done (READY=1) and sets the status. For the oneshot service the end of the process is what
-// counts; READY=1 serves those who run the agent with Type=notify.
-func Ready(text string) {
-	notify(daemon.SdNotifyReady)
-	Status(text)
 }
 
 // ExtendTimeout asks systemd to let the service start for at least d longer, counted from now

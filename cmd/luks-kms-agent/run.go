@@ -44,14 +44,12 @@ func carryOut(cmd *cobra.Command, opts *globalOptions, do func(*agent.Node) (age
 	}
 	report, err := do(node)
 	if err != nil {
+		systemd.Status(err.Error())
 		return err
 	}
 	printReport(cmd.OutOrStdout(), report)
-	if errs := report.Failures(); len(errs) > 0 {
-		return failures(errs)
-	}
-	systemd.Ready(summary(report))
-	return nil
+	systemd.Status(summary(report))
+	return failures(report.Failures())
 }
 
 func printReport(w io.Writer, r agent.Report) {

@@ -43,8 +43,8 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/staticcheck honnef.co/go/tools/cmd/staticcheck
 	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/depguard github.com/OpenPeeDeeP/depguard/v2/cmd/depguard
 	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "gofmt would change:"; echo "$$bad"; exit 1; fi
-	@$(GO) vet ./... $(TALLY)
-	@$(CACHE)/tools/staticcheck ./... $(TALLY)
+	@$(GO) vet -tags vm ./... $(TALLY)
+	@$(CACHE)/tools/staticcheck -tags vm ./... $(TALLY)
 	@$(CACHE)/tools/depguard ./...
 	@find . -name '*.sh' -not -path './.git/*' -print0 | xargs -0 shellcheck .ci/run
 	@echo "lint: OK"
@@ -52,10 +52,10 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 test-unit: ## unit tests: no root, no VM, no AWS
 	@$(call need,cryptsetup-bin dmsetup util-linux e2fsprogs xfsprogs systemd)
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
-	@$(GO) test -json -count=1 -timeout 5m $$($(GO) list ./... | grep -v '/test/vm') $(TALLY) | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
+	@$(GO) test -json -count=1 -timeout 5m ./... $(TALLY) | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
 
 test-vm: ## the stories, in QEMU with EC2's disks, IMDS and a KMS (VM_ACCEL=kvm: with hardware virtualisation)
-	@$(GO) test -json -v -count=1 -timeout 25m ./test/vm/... | $(GO) run $(TALLY) -live $(if $(COUNTS),-to $(COUNTS))
+	@$(GO) test -json -v -count=1 -timeout 25m -tags vm -parallel 2 ./test/vm | $(GO) run $(TALLY) -live $(if $(COUNTS),-to $(COUNTS))
 
 # All parts run, also after one has failed. A part that fails before it could count counts as one failed test.
 test: ## lint, unit tests and VM stories; the last line counts the tests
@@ -77,7 +77,7 @@ bench: ## Go benchmarks
 FUZZTIME ?= 30s
 fuzz: ## run each fuzz test for FUZZTIME (30s)
 	@$(call need,cryptsetup-bin util-linux)
-	@for p in $$($(GO) list ./... | grep -v '/test/vm'); do \
+	@for p in $$($(GO) list ./...); do \
 	  for f in $$($(GO) test -list '^Fuzz' "$$p" | grep '^Fuzz' || true); do \
 	    echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$p"; \
 	  done; \

@@ -1,0 +1,65 @@
+// Package channel is what the harness on the host and the program in the guest say to each other: one JSON value per
+// request and per response over a virtio-serial port, and the manifest that the guest reads from a disk at every boot.
+package channel
+
+import "time"
+
+const (
+	// Port is the name of the virtio-serial port.
+	Port = "org.luks-kms-agent.story"
+	// ManifestSerial is the serial of the virtio disk that begins with the JSON of a Manifest.
+	ManifestSerial = "manifest"
+)
+
+// Op is what a Request asks for.
+type Op string
+
+// The operations of the guest program.
+const (
+	Exec Op = "exec" // run Command with bash; Stdin is its standard input
+	Put  Op = "put"  // write Data to Path with Mode, through a rename
+	Get  Op = "get"  // read Path
+)
+
+// Request asks the guest for one thing. Requests run at the same time as one another.
+type Request struct {
+	ID      int
+	Op      Op
+	Command string        `json:",omitempty"`
+	Stdin   []byte        `json:",omitempty"`
+	Timeout time.Duration `json:",omitempty"` // of Exec; everything that the command started is killed then
+	Path    string        `json:",omitempty"`
+	Mode    uint32        `json:",omitempty"`
+	Data    []byte        `json:",omitempty"`
+}
+
+// Response answers the Request of the same ID.
+type Response struct {
+	ID     int
+	Code   int    // exit code of Exec; -1 where a signal or the timeout ended it
+	Stdout []byte `json:",omitempty"`
+	Stderr []byte `json:",omitempty"`
+	Data   []byte `json:",omitempty"` // of Get
+	Error  string `json:",omitempty"` // why the request could not be carried out; empty where it was
+}
+
+// Manifest is what a guest makes of itself before the agent starts, the same at every boot.
+type Manifest struct {
+	Files []File
+	Disks []Disk // connected in this order, which is what decides their kernel names
+}
+
+// File is written below / before the agent starts.
+type File struct {
+	Path string
+	Mode uint32
+	Data []byte
+}
+
+// Disk is one disk that the guest shows to the agent, on top of a virtio disk that is its storage.
+type Disk struct {
+	Virtio string // serial of the virtio disk
+	Model  string // NVMe: the model that identify-controller reports
+	Serial string // NVMe: the serial; at most 20 bytes
+	Loop   string // "/dev/loop0": a plain loop device instead of an NVMe disk
+}

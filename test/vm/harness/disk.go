@@ -1,0 +1,148 @@
+package harness
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/luks-kms-agent/luks-kms-agent/test/vm/channel"
+	"github.com/luks-kms-agent/luks-kms-agent/test/vm/search"
+)
+
+// The models that EC2's NVMe disks report.
+const (
+	ModelEBS           = "Amazon Elastic Block Store"
+	ModelInstanceStore = "Amazon EC2 NVMe Instance Storage"
+)
+
+// DiskSize is the size of a disk of a story, in bytes: room for LUKS2's 16 MiB and the 300 MiB that mkfs.xfs asks for.
+const DiskSize = 384 << 20
+
+// Disk is one data disk of a node. Its content is a sparse raw image on the host.
+type Disk struct {
+	Name   string // how the story calls it: "ebs1"; at most 20 bytes
+	Model  string // ModelEBS, ModelInstanceStore; "" for a plain loop device in the guest
+	Serial string // of the NVMe disk: "vol0aaa…" or "AWS…"; at most 20 bytes
+	Loop   string // the loop device: "/dev/loop0"
+}
+
+// EBS returns a disk that EC2 would call vol-<id>; id is 17 hexadecimal digits.
+func EBS(name, id string) Disk { return Disk{Name: name, Model: ModelEBS, Serial: "vol" + id} }
+
+// InstanceStore returns a disk of the host machine.
+func InstanceStore(name, serial string) Disk {
+	return Disk{Name: name, Model: ModelInstanceStore, Serial: serial}
+}
+
+// Loop returns a disk that is nothing but a loop device in the guest.
+func Loop(name, device string) Disk { return Disk{Name: name, Loop: device} }
+
+// Image returns the path of a disk's raw image.
+func (n *Node) Image(name string) string { return filepath.Join(n.dir, name+".img") }
+
+func (n *Node) createDisks() error {
+	for _, d := range n.disks {
+		f, err := os.Create(n.Image(d.Name))
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(f.Truncate(DiskSize), f.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeManifest writes the disk that tells the guest what to be.
+func (n *Node) writeManifest() error {
+	manifest := channel.Manifest{Files: n.files}
+	for _, d := range n.disks {
+		manifest.Disks = append(manifest.Disks, channel.Disk{Virtio: d.Name, Model: d.Model, Serial: d.Serial, Loop: d.Loop})
+	}
+	b, err := encodeManifest(manifest)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(n.Image(channel.ManifestSerial), b, 0o600)
+}
+
+// Digest returns the SHA-256 of the first limit bytes of a disk, or of all of it if limit is 0.
+func (n *Node) Digest(name string, limit int64) string {
+	n.tb.Helper()
+	f, err := os.Open(n.Image(name))
+	if err != nil {
+		n.tb.Fatalf("%v", err)
+	}
+	defer f.Close()
+	var r io.Reader = f
+	if limit > 0 {
+		r = io.LimitReader(f, limit)
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, r); err != nil {
+		n.tb.Fatalf("cannot read %s: %v", f.Name(), err)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// Digests returns the Digest of every data disk.
+func (n *Node) Digests(limit int64) map[string]string {
+	n.tb.Helper()
+	digests := map[string]string{}
+	for _, d := range n.disks {
+		digests[d.Name] = n.Digest(d.Name, limit)
+	}
+	return digests
+}
+
+// Find returns which of the needles stand in a disk's raw image.
+func (n *Node) Find(name string, needles ...[]byte) []string {
+	n.tb.Helper()
+	f, err := os.Open(n.Image(name))
+	if err != nil {
+		n.tb.Fatalf("%v", err)
+	}
+	defer f.Close()
+	indexes, err := search.Find(f, needles)
+	if err != nil {
+		n.tb.Fatalf("cannot search %s: %v", f.Name(), err)
+	}
+	var found []string
+	for _, i := range indexes {
+		found = append(found, fmt.Sprintf("%.60q", needles[i]))
+	}
+	return found
+}
+
+// HasHeader says whether a disk begins as a LUKS volume does.
+func (n *Node) HasHeader(name string) bool {
+	n.tb.Helper()
+	return bytes.HasPrefix(n.readStart(name, headerBinary), []byte("LUKS\xba\xbe"))
+}
+
+// Fill puts bytes into a disk of a node that is switched off.
+func (n *Node) Fill(name string, offset int64, content []byte) {
+	n.tb.Helper()
+	f, err := os.OpenFile(n.Image(name), os.O_RDWR, 0)
+	if err != nil {
+		n.tb.Fatalf("%v", err)
+	}
+	_, err = f.WriteAt(content, offset)
+	if err := errors.Join(err, f.Close()); err != nil {
+		n.tb.Fatalf("cannot write %s: %v", f.Name(), err)
+	}
+}
+
+// MakeExt4 puts an ext4 filesystem onto a disk of a node that is switched off, as somebody else's data.
+func (n *Node) MakeExt4(name, label string) {
+	n.tb.Helper()
+	if err := command(context.Background(), n.dir, "mke2fs", "-q", "-F", "-t", "ext4", "-L", label, n.Image(name)); err != nil {
+		n.tb.Fatalf("%v", err)
+	}
+}

@@ -1,0 +1,213 @@
+package harness
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/luks-kms-agent/luks-kms-agent/test/vm/channel"
+)
+
+// rootUUID is the partition that image.sh makes.
+const rootUUID = "4c554b53-4b4d-5301-8000-000000000001"
+
+// machine is one run of QEMU, from power on to power off.
+type machine struct {
+	leash  io.Closer // closing it kills QEMU
+	ended  chan struct{}
+	conn   net.Conn
+	writes sync.Mutex
+
+	mu      sync.Mutex
+	lastID  int
+	waiting map[int]chan channel.Response
+	broken  error // why the channel is gone
+}
+
+func createOverlay(base, overlay string) error {
+	out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, overlay).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("qemu-img: %w: %s", err, out)
+	}
+	return nil
+}
+
+// manifestSize is that of the disk with the manifest, in bytes; disks come in sectors.
+const manifestSize = 1 << 20
+
+func encodeManifest(m channel.Manifest) ([]byte, error) {
+	b, err := json.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > manifestSize {
+		return nil, fmt.Errorf("the manifest has %d bytes, more than its disk", len(b))
+	}
+	return append(b, make([]byte, manifestSize-len(b))...), nil
+}
+
+// launch starts QEMU and connects to the guest's channel.
+func (n *Node) launch() (*machine, error) {
+	socket := filepath.Join(n.dir, fmt.Sprintf("channel-%d", n.boots))
+	args := append([]string{"leash", "qemu-system-x86_64"}, n.qemuArguments(socket)...)
+	cmd := exec.Command(n.assets.Guest, args...)
+	leash, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	said, err := os.OpenFile(filepath.Join(n.logs, "qemu.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	cmd.Stdout, cmd.Stderr = said, said
+	err = cmd.Start()
+	_ = said.Close()
+	if err != nil {
+		return nil, err
+	}
+	m := &machine{leash: leash, ended: make(chan struct{}), waiting: map[int]chan channel.Response{}}
+	go func() {
+		_ = cmd.Wait()
+		close(m.ended)
+	}()
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if m.conn, err = net.Dial("unix", socket); err == nil {
+			go m.receive()
+			return m, nil
+		}
+		select {
+		case <-m.ended:
+			b, _ := os.ReadFile(said.Name())
+			return nil, fmt.Errorf("it ended at once: %s", lastLines(b, 10))
+		default:
+		}
+	}
+	m.kill()
+	return nil, err
+}
+
+func (n *Node) qemuArguments(socket string) []string {
+	accel, cpu := "tcg,thread=multi", "max"
+	if os.Getenv("VM_ACCEL") == "kvm" {
+		accel, cpu = "kvm", "host"
+	}
+	relay := func(guest, host string) string {
+		return fmt.Sprintf(",guestfwd=tcp:%s-cmd:%s relay %s", guest, n.assets.Guest, host)
+	}
+	args := []string{
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-machine", "q35", "-accel", accel, "-cpu", cpu, "-smp", "2", "-m", "1024",
+		"-kernel", n.assets.Kernel,
+		"-append", "root=PARTUUID=" + rootUUID + " rw rootwait console=ttyS0 net.ifnames=0 quiet loglevel=4 " +
+			"systemd.show_status=false mitigations=off audit=0 nokaslr no_timer_check random.trust_cpu=on",
+		"-chardev", "file,id=console,append=on,path=" + n.console(), "-serial", "chardev:console",
+		"-device", "virtio-serial-pci", "-chardev", "socket,id=channel,server=on,wait=off,path=" + socket,
+		"-device", "virtserialport,chardev=channel,name=" + channel.Port,
+		// The network of a link-local address holds both servers; restrict keeps everything else out of reach.
+		"-netdev", "user,id=net,restrict=on,net=169.254.169.0/24,host=169.254.169.2,dns=169.254.169.3,dhcpstart=169.254.169.100" +
+			relay(IMDSAddress, n.servers.imdsAddr) + relay(KMSAddress, n.servers.kmsAddr),
+		"-device", "virtio-net-pci,netdev=net,romfile=",
+		// qcow2 keeps metadata in QEMU's memory, so this cache mode has to honour the guest's flushes.
+		"-drive", "if=none,id=boot,format=qcow2,cache=writeback,file=" + n.overlay(),
+		"-device", "nvme,serial=vol0b007b007b007b007,drive=boot",
+	}
+	disk := func(name string) {
+		// What the guest wrote to a raw image is in the host's page cache, which a killed QEMU does not take along.
+		args = append(args, "-drive", "if=none,format=raw,cache=unsafe,id="+name+",file="+n.Image(name),
+			"-device", "virtio-blk-pci,drive="+name+",serial="+name)
+	}
+	disk(channel.ManifestSerial)
+	for _, d := range n.disks {
+		disk(d.Name)
+	}
+	return args
+}
+
+// ask sends a request and waits for the answer.
+func (m *machine) ask(request channel.Request, limit time.Duration) (channel.Response, error) {
+	answer := make(chan channel.Response, 1)
+	m.mu.Lock()
+	if m.broken != nil {
+		m.mu.Unlock()
+		return channel.Response{}, m.broken
+	}
+	m.lastID++
+	request.ID = m.lastID
+	m.waiting[request.ID] = answer
+	m.mu.Unlock()
+
+	b, err := json.Marshal(request)
+	if err != nil {
+		return channel.Response{}, err
+	}
+	m.writes.Lock()
+	_, err = m.conn.Write(append(b, '\n'))
+	m.writes.Unlock()
+	if err != nil {
+		return channel.Response{}, err
+	}
+	select {
+	case response, ok := <-answer:
+		if !ok {
+			return channel.Response{}, errors.New("the guest went away")
+		}
+		if response.Error != "" {
+			return response, errors.New(response.Error)
+		}
+		return response, nil
+	case <-time.After(limit):
+		return channel.Response{}, fmt.Errorf("no answer from the guest within %v", limit)
+	}
+}
+
+// receive hands answers out until QEMU is gone.
+func (m *machine) receive() {
+	decoder := json.NewDecoder(m.conn)
+	for {
+		var response channel.Response
+		err := decoder.Decode(&response)
+		m.mu.Lock()
+		if err != nil {
+			m.broken = fmt.Errorf("the guest went away: %w", err)
+			for _, answer := range m.waiting {
+				close(answer)
+			}
+			m.waiting = nil
+			m.mu.Unlock()
+			return
+		}
+		answer := m.waiting[response.ID]
+		delete(m.waiting, response.ID)
+		m.mu.Unlock()
+		if answer != nil {
+			answer <- response
+		}
+	}
+}
+
+// awaitEnd waits for QEMU to end by itself.
+func (m *machine) awaitEnd(limit time.Duration) bool {
+	select {
+	case <-m.ended:
+		_ = m.conn.Close()
+		return true
+	case <-time.After(limit):
+		return false
+	}
+}
+
+// kill ends QEMU with SIGKILL and waits for its end.
+func (m *machine) kill() {
+	_ = m.leash.Close()
+	<-m.ended
+	if m.conn != nil {
+		_ = m.conn.Close()
+	}
+}

@@ -298,16 +298,7 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 	if err != nil {
 		return err
 	}
-	header := act.Device.Header
-	if header.PrimaryDamaged {
-		if header, err = a.restoreHeader(ctx, *act, key); err != nil {
-			return err
-		}
-	}
-	if err := a.disks.Check(act.Device.Device); err != nil {
-		return err
-	}
-	if err := a.maps.Open(ctx, header, key, a.openOptions(*act)); err != nil {
+	if err := a.open(ctx, *act, key); err != nil {
 		return err
 	}
 	v := &act.Volume
@@ -318,6 +309,20 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 		}
 	}
 	return a.mount(ctx, *act, v.Mapping)
+}
+
+// open maps a volume that was inspected, if it still is on the disk that was seen.
+func (a *applier) open(ctx context.Context, act Action, key *keycache.Key) (err error) {
+	header := act.Device.Header
+	if header.PrimaryDamaged {
+		if header, err = a.restoreHeader(ctx, act, key); err != nil {
+			return err
+		}
+	}
+	if err := a.disks.Check(act.Device.Device); err != nil {
+		return err
+	}
+	return a.maps.Open(ctx, header, key, a.openOptions(act))
 }
 
 // restoreHeader writes the secondary header over a damaged primary one, after the
@@ -352,18 +357,9 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	if err != nil {
 		return err
 	}
-	header := act.Device.Header
-	if header.PrimaryDamaged {
-		if header, err = a.restoreHeader(ctx, *act, key); err != nil {
-			return err
-		}
-	}
-	if err := a.disks.Check(act.Device.Device); err != nil {
-		return err
-	}
 	v := &act.Volume
 	v.KeyID, v.Mapping = rec.ID, "luks-"+v.UUID
-	if err := a.maps.Open(ctx, header, key, a.openOptions(*act)); err != nil {
+	if err := a.open(ctx, *act, key); err != nil {
 		return err
 	}
 	content, err := volumes.Filesystem(ctx, a.maps.Path(v.Mapping))

@@ -3,8 +3,6 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"net/netip"
-	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -14,6 +12,8 @@ import (
 
 	"go.yaml.in/yaml/v3"
 	"golang.org/x/sys/unix"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 )
 
 // DefaultConfigPath is where the agent looks for its configuration.
@@ -335,8 +335,8 @@ func (p *parser) check() error {
 		return p.fail(0, "kms_key is missing: it is the one field that must be set")
 	}
 	for name, endpoint := range map[string]string{"kms_endpoint": c.KMSEndpoint, "imds_endpoint": c.IMDSEndpoint} {
-		if err := checkEndpoint(endpoint); err != nil {
-			return p.fail(p.lines[name], "%s is %q: %v", name, endpoint, err)
+		if err := keycache.CheckEndpoint(endpoint); err != nil {
+			return p.fail(p.lines[name], "%s: %w", name, err)
 		}
 	}
 	for _, arn := range c.AllowedKeys {
@@ -389,29 +389,6 @@ func (p *parser) check() error {
 
 // automaticMountPoint matches the mount points that [Decide] gives out.
 var automaticMountPoint = regexp.MustCompile(`^/mnt[0-9]*$`)
-
-// checkEndpoint refuses to send data keys in clear text over a network: plain
-// HTTP is for loopback and link-local addresses, where tests and proxies live.
-func checkEndpoint(endpoint string) error {
-	if endpoint == "" {
-		return nil
-	}
-	u, err := url.Parse(endpoint)
-	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return errors.New("want an URL such as https://HOST[:PORT]")
-	}
-	switch u.Scheme {
-	case "https":
-		return nil
-	case "http":
-		addr, err := netip.ParseAddr(u.Hostname())
-		if err == nil && (addr.IsLoopback() || addr.IsLinkLocalUnicast()) {
-			return nil
-		}
-		return errors.New("plain http is allowed for loopback and link-local addresses only, because answers carry the data key")
-	}
-	return fmt.Errorf("scheme %q is not allowed (allowed: https, http)", u.Scheme)
-}
 
 func checkMountPoint(path string) error {
 	if !filepath.IsAbs(path) || filepath.Clean(path) != path {

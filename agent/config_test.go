@@ -99,7 +99,7 @@ func TestBadConfigNamesThePlaceAndWhatIsAllowed(t *testing.T) {
 		{"alias node", "kms_key: &k " + testKey + "\nregion: *k\n", 2, "YAML alias"},
 		{"clear-text KMS", key + "kms_endpoint: http://kms.example\n", 2, "plain http is allowed for loopback"},
 		{"endpoint scheme", key + "kms_endpoint: ftp://kms.example\n", 2, "allowed: https, http"},
-		{"endpoint without host", key + "kms_endpoint: kms.example\n", 2, "want an URL"},
+		{"endpoint without host", key + "kms_endpoint: kms.example\n", 2, "is no URL of a server"},
 		{"nameless volume", key + "volumes:\n  - mount_point: /data\n", 3, "has no name"},
 		{"volume twice", key + "volumes:\n  - name: a\n  - name: a\n", 4, "named twice"},
 		{"mount point twice", key + "volumes:\n  - {name: a, mount_point: /d}\n  - {name: b, mount_point: /d}\n", 4, "used twice"},

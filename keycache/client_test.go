@@ -963,3 +963,18 @@ func TestTwoGoroutines(t *testing.T) {
 		t.Errorf("calls %+v", c)
 	}
 }
+
+func TestEndpointsMustNotShowTheDataKey(t *testing.T) {
+	for endpoint, good := range map[string]bool{
+		"": true, "https://vpce-1.kms.eu-west-1.vpce.example": true, "http://127.0.0.1:8080": true, "http://[::1]:8080": true,
+		"http://169.254.169.254": true, "http://kms.example": false, "http://10.0.0.1": false, "http://localhost": false,
+		"ftp://127.0.0.1": false, "kms.example": false, "https://user@kms.example": false, "https://": false,
+	} {
+		if err := CheckEndpoint(endpoint); (err == nil) != good {
+			t.Errorf("%q: %v", endpoint, err)
+		}
+		if _, err := New(Options{KeyID: "alias/x", KMSEndpoint: endpoint}); (err == nil) != good {
+			t.Errorf("a client of %q: %v", endpoint, err)
+		}
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
@@ -119,7 +120,7 @@ func New(o Options) (*Client, error) {
 		return fail(ReasonWrongRegion, "it is in region %s, the configured region is %s", keyRegion, o.Region)
 	}
 	for _, endpoint := range []string{o.KMSEndpoint, o.IMDSEndpoint} {
-		if err := checkEndpoint(endpoint); err != nil {
+		if err := CheckEndpoint(endpoint); err != nil {
 			return fail(ReasonInvalid, "%w", err)
 		}
 	}
@@ -140,15 +141,27 @@ func New(o Options) (*Client, error) {
 	return c, nil
 }
 
-func checkEndpoint(endpoint string) error {
+// CheckEndpoint tells whether an endpoint of KMS or IMDS is one to which requests may go. Plain HTTP is for loopback and link-local
+// addresses, where tests, proxies and IMDS are: over a network it would show the data key. "" is the default endpoint.
+func CheckEndpoint(endpoint string) error {
 	if endpoint == "" {
 		return nil
 	}
 	u, err := url.Parse(endpoint)
-	if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return fmt.Errorf("endpoint %q is no http or https URL of a server", endpoint)
+	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return fmt.Errorf("endpoint %q is no URL of a server, such as https://HOST[:PORT]", endpoint)
 	}
-	return nil
+	switch u.Scheme {
+	case "https":
+		return nil
+	case "http":
+		addr, err := netip.ParseAddr(u.Hostname())
+		if err == nil && (addr.IsLoopback() || addr.IsLinkLocalUnicast()) {
+			return nil
+		}
+		return fmt.Errorf("endpoint %q: plain http is allowed for loopback and link-local addresses only, because answers carry the data key", endpoint)
+	}
+	return fmt.Errorf("endpoint %q: scheme %q is not allowed (allowed: https, http)", endpoint, u.Scheme)
 }
 
 // transport is http.DefaultTransport's way to connect, but for the proxies of

@@ -164,7 +164,7 @@ func childCut(arg string) error {
 // childProxy calls KMS and a metadata service by names that do not exist.
 func childProxy(imds string) error {
 	o := Options{
-		KeyID: "alias/x", Region: "eu-central-1", KMSEndpoint: "http://kms.invalid", IMDSEndpoint: imds,
+		KeyID: "alias/x", Region: "eu-central-1", KMSEndpoint: "https://kms.invalid", IMDSEndpoint: imds,
 		CallTimeout: time.Second, RetryLimit: -1,
 	}
 	c, err := New(o)

@@ -174,7 +174,7 @@ func childProxy(imds string) error {
 	if _, err := c.CheckKey(context.Background()); err == nil {
 		return errors.New("kms.invalid answers")
 	}
-	o.IMDSEndpoint = "http://imds.invalid"
+	o.IMDSEndpoint = "https://imds.invalid"
 	if c, err = New(o); err != nil {
 		return err
 	}

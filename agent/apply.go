@@ -252,7 +252,7 @@ func (a *applier) stillMayFormat(ctx context.Context, act Action, key *keycache.
 		return changed(fmt.Sprintf("LUKS state is %s, was %s", header.Kind, act.Device.Header.Kind))
 	}
 	switch {
-	case content != nil && !content.Blank:
+	case content != nil && !content.Blank && !(act.Resume && headless(*content)):
 		return changed(content.Detail)
 	case header.Kind == luks.KindNone:
 		return nil

@@ -92,6 +92,10 @@ func (p Plan) Changes() bool {
 		slices.ContainsFunc(p.Actions, func(a Action) bool { return a.Verb.acts() })
 }
 
+// Unrelated says that the device is none that anybody would expect the agent to
+// care for, so that only a plan needs to name it.
+func (a Action) Unrelated() bool { return a.Verb == Leave && a.Device.Class == "" }
+
 func (v Verb) acts() bool {
 	return v == Format || v == Unlock || v == Adopt || v == Mount
 }
@@ -350,7 +354,7 @@ func (d *decision) formatting(a Action, rec keycache.VolumeRecord) Action {
 		return refuse(fmt.Sprintf("the disk holds LUKS volume %s", h.Header.UUID))
 	case h.Kind == luks.KindLUKS1:
 		return refuse("the disk holds a LUKS1 volume")
-	case h.Kind == luks.KindNone && (a.Device.Content == nil || !a.Device.Content.Blank):
+	case h.Kind == luks.KindNone && (a.Device.Content == nil || !a.Device.Content.Blank && !headless(*a.Device.Content)):
 		detail := "its content was not read"
 		if a.Device.Content != nil {
 			detail = "the disk holds " + a.Device.Content.Detail
@@ -359,6 +363,10 @@ func (d *decision) formatting(a Action, rec keycache.VolumeRecord) Action {
 	}
 	return d.resume(a, "an earlier format was cut before it was finished")
 }
+
+// headless says whether a disk without a header looks as luksFormat leaves it when
+// it is cut before it writes one: noise where the key slots will be, and nothing else.
+func headless(c volumes.Content) bool { return c.NoiseFrom >= luks.KeyslotsOffset }
 
 func (d *decision) resume(a Action, why string) Action {
 	if p := d.keyProblem(a.Volume.KeyID); p != "" {
@@ -418,6 +426,12 @@ func (d *decision) format(a Action, why string) Action {
 // volume or on a new instance.
 func (d *decision) adopt(a Action) Action {
 	h := a.Device.Header.Header
+	for _, p := range d.Records.Problems {
+		if p.Kind == "volume" && p.ID == h.UUID {
+			a.Verb, a.Refusal, a.Reason = Refuse, RefusedRecord, "its record cannot be read"
+			return a
+		}
+	}
 	if !d.keyAllowed(h.Token.KeyARN) {
 		a.Verb, a.Refusal = Refuse, RefusedContent
 		a.Reason = fmt.Sprintf("no record, and its token names key %s, which the configuration does not allow", h.Token.KeyARN)

@@ -146,6 +146,9 @@ func TestDecisionTable(t *testing.T) {
 		{"ours, tampered, without record", newWorld().device(vol, ours(a, "cipher is null"), nil), "refuse header: cipher is null"},
 
 		{"formatting, blank", recorded(formatting, vol).device(vol, none(), blank()), "format /mnt: cut"},
+		{"formatting, key slots without a header", recorded(formatting, vol).device(vol, none(), &volumes.Content{Detail: "noise", NoiseFrom: 32 << 10}), "format /mnt: cut"},
+		{"formatting, noise where a header would be", recorded(formatting, vol).device(vol, none(), &volumes.Content{Detail: "noise", NoiseFrom: 4 << 10}), "refuse content: noise"},
+		{"key slots without a header, no record", newWorld().device(vol, none(), &volumes.Content{Detail: "noise", NoiseFrom: 32 << 10}), "refuse content: noise"},
 		{"formatting, torn", recorded(formatting, vol).device(vol, kind(luks.KindTorn), nil), "format /mnt: cut"},
 		{"formatting, no key slots", recorded(formatting, vol).device(vol, kind(luks.KindEmpty), nil), "format /mnt: cut"},
 		{"formatting, our UUID", recorded(formatting, vol).device(vol, ours(a), nil), "format /mnt: cut"},
@@ -230,6 +233,15 @@ func TestUnreadableRecordStopsFormattingButNotUnlocking(t *testing.T) {
 	checkAction(t, p.Actions[0], "refuse record: truncated")
 	checkAction(t, p.Actions[1], "unlock /mnt: ready")
 	checkAction(t, p.Actions[2], "refuse record: nothing is formatted")
+}
+
+func TestVolumeWithAnUnreadableRecordIsNotAdopted(t *testing.T) {
+	const a, b = "aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002"
+	w := newWorld().device(ebs("nvme1n1", "vol-1"), ours(a), nil).device(ebs("nvme2n1", "vol-2"), ours(b), nil)
+	w.Records.Problems = []keycache.RecordError{{Path: "volumes/a.json", ID: a, Kind: "volume", Err: errors.New("truncated")}}
+	p := Decide(w.Facts)
+	checkAction(t, p.Actions[1], "refuse record: cannot be read")
+	checkAction(t, p.Actions[2], "adopt /mnt: token")
 }
 
 func TestTwinsAreBothRefused(t *testing.T) {

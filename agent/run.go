@@ -105,7 +105,11 @@ func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error)) (r
 
 func (n *Node) logPlan(p Plan) {
 	for _, a := range p.Actions {
-		n.log.Info("plan", zap.String("action", string(a.Verb)), zap.String("device", a.Device.Path),
+		level := zap.InfoLevel
+		if a.Unrelated() {
+			level = zap.DebugLevel
+		}
+		n.log.Log(level, "plan", zap.String("action", string(a.Verb)), zap.String("device", a.Device.Path),
 			zap.String("class", string(a.Device.Class)), zap.String("identity", a.Device.Identity),
 			zap.String("mount_point", a.Volume.MountPoint), zap.String("reason", a.Reason))
 	}

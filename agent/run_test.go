@@ -535,6 +535,27 @@ func TestCutFormatIsTakenUp(t *testing.T) {
 	}
 }
 
+// luksFormat fills the key slots with noise before it writes a header.
+func TestFormatCutBeforeTheHeaderIsTakenUp(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.fail = failing("open", "")
+	m.run()
+	m.fail = func(string, string) error { return nil }
+	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteAt(make([]byte, luks.KeyslotsOffset), 0)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.runOK()
+	if len(m.mounts) != 1 || len(m.records().Volumes) != 1 {
+		t.Errorf("mounts %v, records %v", m.mounts, m.records().Volumes)
+	}
+}
+
 // A volume that is recorded as being formatted but holds somebody's filesystem is
 // not formatted again; one that holds our own mkfs's is.
 func TestResumeLooksInsideFirst(t *testing.T) {

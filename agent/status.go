@@ -99,6 +99,9 @@ func newStatus(r Report, err error) Status {
 		s.Result, s.Error = "failed", err.Error()
 	}
 	for _, o := range r.Outcomes {
+		if o.Action.Unrelated() {
+			continue
+		}
 		v := volumeStatus(o.Action)
 		v.Seconds = o.Took.Seconds()
 		if o.Err != nil {

@@ -13,6 +13,10 @@ import (
 // dataOffset is where the encrypted data starts, bytes. It is cryptsetup's default; asked for, because some devices move it.
 const dataOffset = 16 << 20
 
+// KeyslotsOffset is where the key slots start in what Format makes, bytes: behind two header copies of 16 KiB each, cryptsetup's
+// default. luksFormat fills the area from here to the data with noise before it writes a header.
+const KeyslotsOffset = 32 << 10
+
 // FormatOptions says what a new header carries.
 type FormatOptions struct {
 	UUID       string // canonical, lower case

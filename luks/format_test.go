@@ -55,7 +55,7 @@ func TestFormatAsCryptsetupSeesIt(t *testing.T) {
 		"Version: 2", "UUID: " + testUUID, "Label: data", "Subsystem: luks-kms-agent", "Flags: (no flags)",
 		"0: crypt offset: 16777216 [bytes] length: (whole device) cipher: aes-xts-plain64 sector: 4096 [bytes]",
 		"0: luks2 Key: 512 bits", "Cipher: aes-xts-plain64 Cipher key: 512 bits PBKDF: pbkdf2 Hash: sha256 Iterations: 1000",
-		"Tokens: 0: luks-kms-agent Keyslot: 0", "Digests: 0: pbkdf2 Hash: sha256 Iterations: 1000",
+		fmt.Sprintf("Area offset:%d [bytes]", KeyslotsOffset), "Tokens: 0: luks-kms-agent Keyslot: 0", "Digests: 0: pbkdf2 Hash: sha256 Iterations: 1000",
 	} {
 		if !strings.Contains(words, want) {
 			t.Errorf("luksDump lacks %q:\n%s", want, dump)

@@ -33,6 +33,9 @@ type Content struct {
 	UUID  string // of the filesystem, "" where it has none
 	// Detail says why the device is not blank: "ext4 filesystem (label data)", "byte 0x4f at offset 1234567 is not zero".
 	Detail string
+	// NoiseFrom is where the bytes other than zero begin, if they carry no signature and all of them lie
+	// within the first 16 MiB; 0 otherwise, and where they begin at the first byte. Only Probe sets it.
+	NoiseFrom int64
 }
 
 // Probe tells whether a block device or image file is blank: blkid finds no signature, and the first and last
@@ -75,12 +78,16 @@ func probe(ctx context.Context, path string, size int64, zeros bool) (Content, e
 		return content, nil
 	}
 	// For what it could not open or read, blkid says "nothing found" too, without a word: see for ourselves.
-	offset, value, err := firstNonZero(ctx, f, actual)
+	offset, value, tail, err := firstNonZero(ctx, f, actual)
 	if err != nil {
 		return fail(err)
 	}
 	if zeros && offset >= 0 {
-		return Content{Detail: fmt.Sprintf("byte %#02x at offset %d is not zero", value, offset)}, nil
+		c := Content{Detail: fmt.Sprintf("byte %#02x at offset %d is not zero", value, offset)}
+		if !tail {
+			c.NoiseFrom = offset
+		}
+		return c, nil
 	}
 	if fstype, err := superblock(f, actual); err != nil || fstype != "" {
 		return fail(cmp.Or(err, fmt.Errorf("blkid finds nothing, but there is a superblock of %s", fstype)))
@@ -108,25 +115,28 @@ func superblock(f *os.File, size int64) (string, error) {
 	return "", nil
 }
 
-// firstNonZero reads both ends and returns where the first byte other than zero is, -1 for none.
-func firstNonZero(ctx context.Context, f *os.File, size int64) (int64, byte, error) {
+// firstNonZero reads both ends and returns where the first byte other than zero is, -1 for none, and whether there
+// are any behind the first 16 MiB.
+func firstNonZero(ctx context.Context, f *os.File, size int64) (first int64, value byte, tail bool, err error) {
 	buffer, zero := make([]byte, 1<<20), make([]byte, 1<<20)
-	first, value := int64(-1), byte(0)
+	first = -1
 	for offset := int64(0); offset < size; {
 		if offset >= proofLength && offset < size-proofLength {
 			offset = size - proofLength
 		}
 		if err := ctx.Err(); err != nil {
-			return 0, 0, err
+			return 0, 0, false, err
 		}
 		n := min(int64(len(buffer)), size-offset)
 		// The page cache of a disk does not see what was written to it through a mapping: drop it. That it
 		// fails on odd files harms nothing.
 		_ = unix.Fadvise(int(f.Fd()), offset, n, unix.FADV_DONTNEED)
 		if _, err := f.ReadAt(buffer[:n], offset); err != nil {
-			return 0, 0, err
+			return 0, 0, false, err
 		}
-		if first < 0 && !bytes.Equal(buffer[:n], zero[:n]) {
+		noise := !bytes.Equal(buffer[:n], zero[:n])
+		tail = tail || noise && offset >= proofLength
+		if noise && first < 0 {
 			for i, b := range buffer[:n] {
 				if b != 0 {
 					first, value = offset+int64(i), b
@@ -136,7 +146,7 @@ func firstNonZero(ctx context.Context, f *os.File, size int64) (int64, byte, err
 		}
 		offset += n
 	}
-	return first, value, nil
+	return first, value, tail, nil
 }
 
 // signature asks blkid. Exit codes of blkid(8): 0 found, 2 nothing found, 8 ambivalent, anything else an error.

@@ -57,6 +57,9 @@ func printReport(w io.Writer, r agent.Report) {
 	fmt.Fprintln(t, "DEVICE\tIDENTITY\tACTION\tMOUNT POINT\tRESULT")
 	for _, o := range r.Outcomes {
 		a := o.Action
+		if a.Unrelated() {
+			continue
+		}
 		result := "ok"
 		switch {
 		case o.Err != nil:
@@ -75,7 +78,7 @@ func printReport(w io.Writer, r agent.Report) {
 func summary(r agent.Report) string {
 	counts := map[agent.Verb]int{}
 	for _, o := range r.Outcomes {
-		if o.Err == nil {
+		if o.Err == nil && !o.Action.Unrelated() {
 			counts[o.Action.Verb]++
 		}
 	}

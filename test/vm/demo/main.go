@@ -141,7 +141,7 @@ func firstBoot(t *teller, n *harness.Node, step harness.Step) (files string) {
 	calls(t, n, 1, 1, "one GenerateDataKey, and the Decrypt that proves it")
 	show("lsblk", n.Sh("lsblk -o NAME,SIZE,TYPE,FSTYPE,MOUNTPOINTS,SERIAL --exclude 252,253 2>/dev/null || lsblk"))
 	show("The header of an EBS volume", n.Sh("luks-kms-agent inspect /dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0aaaaaaaaaaaaaaa1")+
-		n.Sh("cryptsetup luksDump /dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0aaaaaaaaaaaaaaa1 | grep -E '^(Version|UUID|Label|Subsystem)|Cipher key|PBKDF|Iterations|sector|luks-kms-agent'"))
+		n.Sh("cryptsetup luksDump /dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0aaaaaaaaaaaaaaa1 | grep -E '^(Version|UUID|Label|Subsystem)|Cipher key|PBKDF|sector|[0-9]: luks'"))
 	done = step("writing a file on every volume")
 	var script strings.Builder
 	for _, point := range points {
@@ -213,9 +213,6 @@ func plan(t *teller, n *harness.Node) string {
 	var b strings.Builder
 	for _, entry := range volumes {
 		v := entry.(map[string]any)
-		if v["class"] == nil && !strings.Contains(fmt.Sprint(v["reason"]), "in use") {
-			continue // the virtio disks that the EC2 disks are made of
-		}
 		fmt.Fprintf(&b, "%-7s %-14v %-22v %-14v %-6s %v\n", text(v["action"]), text(v["device"]), text(v["identity"]), text(v["class"]), text(v["mount_point"]), v["reason"])
 	}
 	return b.String()

@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/channel"
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/search"
 )
@@ -72,7 +74,8 @@ func (n *Node) writeManifest() error {
 	return os.WriteFile(n.Image(channel.ManifestSerial), b, 0o600)
 }
 
-// Digest returns the SHA-256 of the first limit bytes of a disk, or of all of it if limit is 0.
+// Digest returns a digest of what the first limit bytes of a disk say, or all of it if limit is 0. Zeros that were written
+// and zeros that never were are the same.
 func (n *Node) Digest(name string, limit int64) string {
 	n.tb.Helper()
 	f, err := os.Open(n.Image(name))
@@ -80,15 +83,68 @@ func (n *Node) Digest(name string, limit int64) string {
 		n.tb.Fatalf("%v", err)
 	}
 	defer f.Close()
-	var r io.Reader = f
-	if limit > 0 {
-		r = io.LimitReader(f, limit)
+	if limit == 0 {
+		limit = DiskSize
 	}
-	h := sha256.New()
-	if _, err := io.Copy(h, r); err != nil {
+	digest, err := digestData(f, limit)
+	if err != nil {
 		n.tb.Fatalf("cannot read %s: %v", f.Name(), err)
 	}
-	return hex.EncodeToString(h.Sum(nil))
+	return digest
+}
+
+// digestBlock is a unit of digestData, in bytes.
+const digestBlock = 64 << 10
+
+// digestData hashes the blocks before limit that are not all zero, each with its place.
+func digestData(f *os.File, limit int64) (string, error) {
+	h := sha256.New()
+	block, zeros := make([]byte, digestBlock), make([]byte, digestBlock)
+	for offset := int64(0); offset < limit; offset += digestBlock {
+		data, err := f.Seek(offset, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break // only a hole is left
+		}
+		if err != nil {
+			return "", err
+		}
+		offset = max(offset, data/digestBlock*digestBlock)
+		read, err := f.ReadAt(block[:max(0, min(digestBlock, limit-offset))], offset)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return "", err
+		}
+		if !bytes.Equal(block[:read], zeros[:read]) {
+			fmt.Fprintln(h, offset)
+			h.Write(block[:read])
+		}
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// data reads what a sparse file has between its holes.
+type data struct {
+	f           *os.File
+	offset, end int64 // of what is left of the current piece
+}
+
+func (d *data) Read(p []byte) (int, error) {
+	if d.offset == d.end {
+		begin, err := d.f.Seek(d.end, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return 0, io.EOF
+		}
+		if err != nil {
+			return 0, err
+		}
+		end, err := d.f.Seek(begin, unix.SEEK_HOLE)
+		if err != nil {
+			return 0, err
+		}
+		d.offset, d.end = begin, end
+	}
+	read, err := d.f.ReadAt(p[:min(int64(len(p)), d.end-d.offset)], d.offset)
+	d.offset += int64(read)
+	return read, err
 }
 
 // Digests returns the Digest of every data disk.
@@ -109,7 +165,7 @@ func (n *Node) Find(name string, needles ...[]byte) []string {
 		n.tb.Fatalf("%v", err)
 	}
 	defer f.Close()
-	indexes, err := search.Find(f, needles)
+	indexes, err := search.Find(&data{f: f}, needles)
 	if err != nil {
 		n.tb.Fatalf("cannot search %s: %v", f.Name(), err)
 	}

@@ -688,6 +688,58 @@ func TestDamagedPrimaryHeaderIsRestored(t *testing.T) {
 	}
 }
 
+// The secondary header is put over a damaged primary only when the data key says
+// that it is ours: an attacker must not have us copy his.
+func TestSecondaryHeaderOfAnotherKeyIsNotCopied(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.reboot()
+	good, err := luks.Inspect(d.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := keycache.NewKey(make([]byte, 32))
+	if err == nil {
+		err = luks.Format(t.Context(), d.Path, luks.FormatOptions{UUID: good.Header.UUID, KeyARN: m.kms.ARN(), WrappedKey: good.Header.Token.WrappedKey}, other)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteAt([]byte("garbage"), 4096+20)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := m.sums()
+	if errs := m.run().Failures(); len(errs) != 1 || !errors.Is(errs[0], luks.ErrWrongKey) {
+		t.Errorf("got %v, want ErrWrongKey", errs)
+	}
+	m.untouched(before)
+	if len(m.open) > 0 {
+		t.Error("it was opened")
+	}
+}
+
+// What tells this node's records from others' must be there.
+func TestNodeWithoutInstanceIDUsesNoRecords(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.reboot()
+	records := fmt.Sprint(m.records())
+	m.imds.SetIdentity("instanceId", "")
+	if _, err := m.node().Run(t.Context()); err == nil {
+		t.Error("it ran")
+	}
+	if got := fmt.Sprint(m.records()); got != records {
+		t.Errorf("records: %s\nbefore: %s", got, records)
+	}
+}
+
 func TestVolumesAreAdoptedFromTheirTokens(t *testing.T) {
 	m := newMachine(t)
 	m.disk(volumes.ClassEBS, "vol-1")

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -47,9 +46,6 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 	inspected := make(chan []DeviceFacts, 1)
 	go func() { inspected <- n.inspect(ctx, scan.Devices) }()
 	<-asked
-	if errIdentity == nil && identity.InstanceID == "" {
-		errIdentity = errors.New("cannot tell this node from others: IMDS gives no instance-id")
-	}
 	if errIdentity == nil {
 		f.InstanceID = identity.InstanceID
 		if keys != nil {

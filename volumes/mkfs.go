@@ -45,7 +45,7 @@ func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error
 	if err != nil {
 		return fail(err)
 	}
-	found, err := Filesystem(ctx, path)
+	found, err := probe(ctx, path, 0, head)
 	if err != nil {
 		return fail(err)
 	}
@@ -60,7 +60,7 @@ func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error
 	if err := flush(path); err != nil {
 		return fail(err)
 	}
-	if found, err = Filesystem(ctx, path); err != nil {
+	if found, err = probe(ctx, path, 0, head); err != nil {
 		return fail(err)
 	}
 	if found.Type != fstype {

@@ -44,16 +44,25 @@ type Content struct {
 // A size in bytes other than 0 must be that of path, else the error is ErrChanged. Probe reads only. An
 // error says nothing about the content: it never means blank.
 func Probe(ctx context.Context, path string, size int64) (Content, error) {
-	return probe(ctx, path, size, true)
+	return probe(ctx, path, size, provenZero)
 }
 
 // Filesystem tells what blkid finds on path and does without the proof by zeros: fresh dm-crypt mappings read as
 // noise.
 func Filesystem(ctx context.Context, path string) (Content, error) {
-	return probe(ctx, path, 0, false)
+	return probe(ctx, path, 0, readable)
 }
 
-func probe(ctx context.Context, path string, size int64, zeros bool) (Content, error) {
+// depth is how far a probe goes beyond blkid's word.
+type depth int
+
+const (
+	head       depth = iota // what MakeFilesystem makes has its superblock there
+	readable                // both ends can be read, so that blkid's silence means something
+	provenZero              // and are all zero
+)
+
+func probe(ctx context.Context, path string, size int64, deep depth) (Content, error) {
 	fail := func(err error) (Content, error) { return Content{}, fmt.Errorf("cannot probe %s: %w", path, err) }
 	// O_NONBLOCK: a path that turns out to be a FIFO must not hang us.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
@@ -77,17 +86,19 @@ func probe(ctx context.Context, path string, size int64, zeros bool) (Content, e
 	if !content.Blank {
 		return content, nil
 	}
-	// For what it could not open or read, blkid says "nothing found" too, without a word: see for ourselves.
-	offset, value, tail, err := firstNonZero(ctx, f, actual)
-	if err != nil {
-		return fail(err)
-	}
-	if zeros && offset >= 0 {
-		c := Content{Detail: fmt.Sprintf("byte %#02x at offset %d is not zero", value, offset)}
-		if !tail {
-			c.NoiseFrom = offset
+	if deep >= readable {
+		// For what it could not open or read, blkid says "nothing found" too, without a word: see for ourselves.
+		offset, value, tail, err := firstNonZero(ctx, f, actual)
+		if err != nil {
+			return fail(err)
 		}
-		return c, nil
+		if deep == provenZero && offset >= 0 {
+			c := Content{Detail: fmt.Sprintf("byte %#02x at offset %d is not zero", value, offset)}
+			if !tail {
+				c.NoiseFrom = offset
+			}
+			return c, nil
+		}
 	}
 	if fstype, err := superblock(f, actual); err != nil || fstype != "" {
 		return fail(cmp.Or(err, fmt.Errorf("blkid finds nothing, but there is a superblock of %s", fstype)))

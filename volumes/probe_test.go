@@ -148,7 +148,7 @@ func TestProbeErrors(t *testing.T) {
 	} {
 		for _, probe := range []func() (Content, error){
 			func() (Content, error) { return Probe(t.Context(), test.path, test.size) },
-			func() (Content, error) { return probe(t.Context(), test.path, test.size, false) },
+			func() (Content, error) { return probe(t.Context(), test.path, test.size, readable) },
 		} {
 			if got, err := probe(); err == nil || got != (Content{}) {
 				t.Errorf("%s: %+v, %v", name, got, err)

@@ -63,6 +63,12 @@ func TestFirstBootAndReboot(t *testing.T) {
 	if after := n.State(); after != state {
 		t.Errorf("a reboot changed records:\n%s\n%s", state, after)
 	}
+	if stopped := n.Sh("cat /mnt/consumer-stopped"); strings.Count(stopped, "/mnt") != 4 {
+		t.Errorf("at the shutdown the consumer was stopped with only these mounted: %s", stopped)
+	}
+	if failed := n.Sh("journalctl -b -1 -o cat | grep -i 'failed unmounting' || true"); failed != "" {
+		t.Errorf("at the shutdown: %s", failed)
+	}
 	executed := string(n.Read("/var/log/agent.strace"))
 	if !strings.Contains(executed, `execve("/usr/bin/luks-kms-agent"`) || strings.Contains(executed, "cryptsetup") {
 		t.Errorf("executed at a reboot:\n%s", executed)
@@ -158,6 +164,12 @@ func wantSpecifiedHeader(t *testing.T, n *harness.Node, v volume) {
 	for _, part := range []string{"UUID: " + v.UUID, "Subsystem: luks-kms-agent", "Version: 2"} {
 		if !strings.Contains(dump, part) {
 			t.Errorf("luksDump of %s does not say %q: %s", v.Device, part, dump)
+		}
+	}
+	table := n.Sh("dmsetup table " + v.Mapping)
+	for _, flag := range []string{"no_read_workqueue", "no_write_workqueue", "sector_size:4096"} {
+		if strings.HasPrefix(v.Device, "/dev/nvme") && !strings.Contains(table, flag) {
+			t.Errorf("%s is mapped without %s: %s", v.Device, flag, table)
 		}
 	}
 	if strings.Contains(dump, "Label: (no label)") {

@@ -244,6 +244,14 @@ func TestVolumeWithAnUnreadableRecordIsNotAdopted(t *testing.T) {
 	checkAction(t, p.Actions[2], "adopt /mnt: token")
 }
 
+func TestDiskOfAReadyRecordIsNotFormattedForAnother(t *testing.T) {
+	const a, b = "aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002"
+	d := ebs("nvme1n1", "vol-1")
+	w := newWorld().key("k1", me).record(a, keycache.StateFormatting, d, "/mnt").record(b, keycache.StateReady, d, "/mnt1").
+		device(d, ours(a), nil)
+	checkAction(t, Decide(w.Facts).Actions[0], "refuse content: volume "+b+" is recorded ready on the same disk")
+}
+
 func TestTwinsAreBothRefused(t *testing.T) {
 	const a = "aaaaaaaa-0000-4000-8000-000000000001"
 	w := newWorld().key("k1", me).record(a, keycache.StateReady, ebs("nvme1n1", "vol-1"), "/mnt").

@@ -135,7 +135,11 @@ func (a *applier) quarantine(p Plan) error {
 	}
 	a.log.Warn("records of another instance are moved to quarantine",
 		zap.Strings("keys", p.QuarantineKeys), zap.Strings("volumes", p.QuarantineVolumes))
-	return a.store.Quarantine(p.QuarantineKeys, p.QuarantineVolumes, "another instance-id")
+	if err := a.store.Quarantine(p.QuarantineKeys, p.QuarantineVolumes, "another instance-id"); err != nil {
+		return err
+	}
+	a.reached(stepQuarantined)
+	return nil
 }
 
 func (a *applier) do(ctx context.Context, act *Action) error {
@@ -177,6 +181,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 		if err := a.store.ArchiveVolume(old, "the disk went with a stop of the instance"); err != nil {
 			return err
 		}
+		a.reached(stepArchived)
 	}
 
 	v := &act.Volume
@@ -187,6 +192,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	if err := a.putVolume(v); err != nil {
 		return err
 	}
+	a.reached(stepIntent)
 	label := v.Identity
 	if len(label) > maxLabel {
 		label = label[:maxLabel]
@@ -197,6 +203,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	if err != nil {
 		return err
 	}
+	a.reached(stepFormatted)
 	header, err := luks.Inspect(act.Device.Path)
 	if err != nil {
 		return err
@@ -204,6 +211,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	if err := a.maps.Open(ctx, header, key, a.openOptions(*act)); err != nil {
 		return err
 	}
+	a.reached(stepOpened)
 	if err := a.finish(ctx, v); err != nil {
 		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))
 	}
@@ -217,8 +225,13 @@ func (a *applier) finish(ctx context.Context, v *keycache.VolumeRecord) error {
 	if err := volumes.MakeFilesystem(ctx, a.maps.Path(v.Mapping), v.Filesystem, "", v.UUID); err != nil {
 		return err
 	}
+	a.reached(stepFilesystem)
 	v.State = keycache.StateReady
-	return a.putVolume(v)
+	if err := a.putVolume(v); err != nil {
+		return err
+	}
+	a.reached(stepReady)
+	return nil
 }
 
 func (a *applier) putVolume(v *keycache.VolumeRecord) error {
@@ -342,6 +355,7 @@ func (a *applier) restoreHeader(ctx context.Context, act Action, key *keycache.K
 	if err := luks.RestorePrimary(ctx, act.Device.Path); err != nil {
 		return nil, err
 	}
+	a.reached(stepRestored)
 	a.log.Warn("the damaged primary LUKS header was restored from the secondary", zap.String("device", act.Device.Path))
 	return luks.Inspect(act.Device.Path)
 }
@@ -406,8 +420,13 @@ func (a *applier) recordAdopted(rec keycache.KeyRecord, v *keycache.VolumeRecord
 			return err
 		}
 		a.records.Keys[rec.ID] = rec
+		a.reached(stepAdoptedKey)
 	}
-	return a.putVolume(v)
+	if err := a.putVolume(v); err != nil {
+		return err
+	}
+	a.reached(stepAdopted)
+	return nil
 }
 
 // keyFor gives a volume to be formatted its data key: that of its record, proven
@@ -452,9 +471,11 @@ func (a *applier) makeKey(ctx context.Context) (*keycache.Key, keycache.KeyRecor
 	if err != nil {
 		return nil, rec, err
 	}
+	a.reached(stepKeyMade)
 	if err := a.store.PutKey(rec); err != nil {
 		return nil, rec, err
 	}
+	a.reached(stepKeyRecorded)
 	proven, err := a.keys.get(rec)
 	if err != nil {
 		return nil, rec, fmt.Errorf("cannot prove the new data key before it locks a disk: %w", err)
@@ -462,6 +483,7 @@ func (a *applier) makeKey(ctx context.Context) (*keycache.Key, keycache.KeyRecor
 	if !proven.Equal(made) {
 		return nil, rec, fmt.Errorf("cannot use the new data key %s: Decrypt gave another key than GenerateDataKey", rec.ID)
 	}
+	a.reached(stepKeyProven)
 	return proven, rec, nil
 }
 

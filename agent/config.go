@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -148,13 +150,21 @@ type parser struct {
 }
 
 func parseConfig(path string, data []byte) (Config, error) {
-	var doc yaml.Node
-	if err := yaml.Unmarshal(data, &doc); err != nil {
+	var doc, more yaml.Node
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	if err := dec.Decode(&doc); err != nil && !errors.Is(err, io.EOF) {
 		return Config{}, yamlError(path, err)
 	}
 	p := &parser{path: path, cfg: defaultConfig(path), lines: map[string]int{}}
 	if len(doc.Content) == 0 {
 		return Config{}, p.fail(0, "kms_key is missing: it is the one field that must be set")
+	}
+	// A second document passed over in silence could be the one that says what must not be formatted.
+	switch err := dec.Decode(&more); {
+	case err == nil:
+		return Config{}, p.fail(more.Line, "a second YAML document begins here, want one")
+	case !errors.Is(err, io.EOF):
+		return Config{}, yamlError(path, err)
 	}
 	if err := p.top(doc.Content[0]); err != nil {
 		return Config{}, err
@@ -202,7 +212,7 @@ func (p *parser) mapping(n *yaml.Node, where string, known fields) error {
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, val := n.Content[i], n.Content[i+1]
 		set, ok := known[key.Value]
-		if !ok {
+		if !ok || key.Kind != yaml.ScalarNode || key.Tag != "!!str" { // an alias has the name of its anchor for a value
 			return p.fail(key.Line, "unknown field %q in %s (allowed: %s)", key.Value, orDocument(where), known.allowed())
 		}
 		if seen[key.Value] {
@@ -370,13 +380,18 @@ func (p *parser) check() error {
 		points[v.MountPoint] = true
 	}
 	dir := c.StateDir
-	if !filepath.IsAbs(dir) || filepath.Clean(dir) != dir || dir == "/" {
+	if !cleanPath(dir) || dir == "/" {
 		return p.fail(p.lines["state_dir"], "state_dir is %q, want a clean absolute path", dir)
 	}
-	if strings.HasPrefix(dir, "/run/") || strings.HasPrefix(dir, "/tmp/") || strings.HasPrefix(dir, "/dev/") {
-		return p.fail(p.lines["state_dir"], "state_dir is %q, which does not survive a reboot: the wrapped keys would be lost", dir)
+	for _, memory := range []string{"/dev", "/proc", "/run", "/sys", "/tmp", "/var/run"} {
+		if under(dir, memory) {
+			return p.fail(p.lines["state_dir"], "state_dir is %q, which does not survive a reboot: the wrapped keys would be lost", dir)
+		}
 	}
-	for _, v := range c.Volumes {
+	for i, v := range c.Volumes {
+		if under(v.MountPoint, dir) && v.MountPoint != dir {
+			return p.fail(p.lines[fmt.Sprintf("volumes.%d.mount_point", i)], "mount_point %s would hide records in state_dir %s", v.MountPoint, dir)
+		}
 		if v.MountPoint != "" && under(dir, v.MountPoint) {
 			return p.fail(p.lines["state_dir"], "state_dir %s lies under %s, a mount point of a volume that only its records can open", dir, v.MountPoint)
 		}
@@ -391,14 +406,27 @@ func (p *parser) check() error {
 var automaticMountPoint = regexp.MustCompile(`^/mnt[0-9]*$`)
 
 func checkMountPoint(path string) error {
-	if !filepath.IsAbs(path) || filepath.Clean(path) != path {
+	if !cleanPath(path) {
 		return errors.New("want a clean absolute path")
 	}
+	// What is mounted over one of these hides programs or settings from the rest of the boot.
+	system := errors.New("it belongs to the system")
 	switch path {
-	case "/", "/boot", "/boot/efi", "/dev", "/etc", "/proc", "/root", "/run", "/sys", "/usr", "/var":
-		return errors.New("it belongs to the system")
+	case "/", "/bin", "/boot", "/boot/efi", "/lib", "/lib32", "/lib64", "/libx32", "/root", "/run", "/sbin", "/usr", "/var",
+		"/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/sbin":
+		return system
+	}
+	for _, dir := range []string{"/dev", "/etc", "/proc", "/sys"} {
+		if under(path, dir) {
+			return system
+		}
 	}
 	return nil
+}
+
+// cleanPath says whether a path is absolute and the kernel takes it as it is written.
+func cleanPath(path string) bool {
+	return filepath.IsAbs(path) && filepath.Clean(path) == path && !strings.Contains(path, "\x00")
 }
 
 // under says whether path is dir or lies below it.

@@ -69,6 +69,7 @@ type Node struct {
 	// statusPath is where the outcome of the last run stands for others to read.
 	statusPath string
 	now        func() time.Time
+	atStep     func(step)
 }
 
 // New joins the rooms for this machine. It touches nothing.

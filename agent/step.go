@@ -1,0 +1,30 @@
+package agent
+
+// step is a point between two writes: a power cut there leaves just what stands
+// before it. The next run has to make a whole node of each of them, with the
+// same key and without formatting a volume that was ready.
+type step string
+
+// The steps, in the order in which a first boot reaches them.
+const (
+	stepQuarantined step = "records of another instance are moved aside"
+	stepKeyMade     step = "the data key is made"
+	stepKeyRecorded step = "the key record is durable"
+	stepKeyProven   step = "the data key is proven"
+	stepArchived    step = "the record of a lost volume is archived"
+	stepIntent      step = "the record says formatting"
+	stepFormatted   step = "the LUKS header and token are written"
+	stepOpened      step = "the volume is open"
+	stepFilesystem  step = "the filesystem is made"
+	stepReady       step = "the record says ready"
+	stepAdoptedKey  step = "the key record of an adopted volume is durable"
+	stepAdopted     step = "the record of an adopted volume is durable"
+	stepRestored    step = "the primary header is restored"
+)
+
+// reached tells whoever listens that a step is done; only tests do.
+func (n *Node) reached(s step) {
+	if n.atStep != nil {
+		n.atStep(s)
+	}
+}

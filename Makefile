@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help build lint test-unit test-vm test demo bench fuzz install clean
+.PHONY: help build lint test-unit test-vm test demo bench fuzz soak install clean
 
 GO      ?= go
 DESTDIR ?=
@@ -43,14 +43,14 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/staticcheck honnef.co/go/tools/cmd/staticcheck
 	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/depguard github.com/OpenPeeDeeP/depguard/v2/cmd/depguard
 	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "gofmt would change:"; echo "$$bad"; exit 1; fi
-	@$(GO) vet -tags vm ./... $(TALLY)
-	@$(CACHE)/tools/staticcheck -tags vm ./... $(TALLY)
+	@$(GO) vet -tags 'vm soak' ./... $(TALLY)
+	@$(CACHE)/tools/staticcheck -tags 'vm soak' ./... $(TALLY)
 	@$(CACHE)/tools/depguard ./...
 	@find . -name '*.sh' -not -path './.git/*' -print0 | xargs -0 shellcheck .ci/run
 	@echo "lint: OK"
 
 test-unit: ## unit tests: no root, no VM, no AWS
-	@$(call need,cryptsetup-bin dmsetup util-linux e2fsprogs xfsprogs systemd)
+	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd)
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
 	@$(GO) test -json -count=1 -timeout 5m ./... $(TALLY) | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
 
@@ -79,9 +79,13 @@ fuzz: ## run each fuzz test for FUZZTIME (30s)
 	@$(call need,cryptsetup-bin util-linux)
 	@for p in $$($(GO) list ./...); do \
 	  for f in $$($(GO) test -list '^Fuzz' "$$p" | grep '^Fuzz' || true); do \
-	    echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$p"; \
+	    echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x "$$p"; \
 	  done; \
 	done
+
+CUTS ?= 50
+soak: ## cut the power CUTS (50) times at random moments, in VMs; ends with a table, and fails if anything was lost
+	@$(GO) test -v -count=1 -timeout 12h -tags 'vm soak' -run '^TestSoak$$' ./test/vm -cuts $(CUTS)
 
 install: build ## install under DESTDIR: program, units, cloud-init drop-in, examples (enables nothing, overwrites no configuration)
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent

@@ -156,7 +156,7 @@ func parseConfig(path string, data []byte) (Config, error) {
 		return Config{}, yamlError(path, err)
 	}
 	p := &parser{path: path, cfg: defaultConfig(path), lines: map[string]int{}}
-	if len(doc.Content) == 0 {
+	if len(doc.Content) == 0 || doc.Content[0].Tag == "!!null" { // the YAML library has "---" end on a line that is not there
 		return Config{}, p.fail(0, "kms_key is missing: it is the one field that must be set")
 	}
 	// A second document passed over in silence could be the one that says what must not be formatted.

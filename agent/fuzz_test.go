@@ -42,7 +42,7 @@ state_dir: /srv/state
 allowed_keys: [ ` + testKey + ` ]
 `))
 	for _, text := range []string{
-		"", "\n", "#", "---\n", "- a\n", "region: us-east-1\n", "\xff\xfek\x00", "\xef\xbb\xbf" + key, "\x00", "? {a: b}\n: c\n",
+		"", "\n", "#", "---", "---\n", "~", "- a\n", "region: us-east-1\n", "\xff\xfek\x00", "\xef\xbb\xbf" + key, "\x00", "? {a: b}\n: c\n",
 		"!!binary kms_key: x\n", "<<: {kms_key: x}\n", "kms_key: &k x\nregion: *k\n", "kms_key: &region x\n*region : y\n",
 		"kms_key: |\n  x\n", "kms_key: !!str 7\n", "kms_key: 0x7\n", "kms_key: ~\n", "%YAML 1.1\n---\n" + key, key + "...\n", key + "\r\rebs: yes\r",
 	} {

@@ -365,7 +365,8 @@ func (d *decision) formatting(a Action, rec keycache.VolumeRecord) Action {
 }
 
 // headless says whether a disk without a header looks as luksFormat leaves it when
-// it is cut before it writes one: noise where the key slots will be, and nothing else.
+// it is cut before it writes one: zeros where the headers will be, then noise. The
+// noise may reach the end of the disk, where an earlier mkfs of ours wrote.
 func headless(c volumes.Content) bool { return c.NoiseFrom >= luks.KeyslotsOffset }
 
 func (d *decision) resume(a Action, why string) Action {

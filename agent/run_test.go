@@ -545,7 +545,8 @@ func TestFormatCutBeforeTheHeaderIsTakenUp(t *testing.T) {
 	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
 	if err == nil {
 		_, err = f.WriteAt(make([]byte, luks.KeyslotsOffset), 0)
-		err = errors.Join(err, f.Close())
+		_, tail := f.WriteAt([]byte("what mkfs of an earlier try wrote, encrypted"), d.Size-4096)
+		err = errors.Join(err, tail, f.Close())
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -141,7 +141,7 @@ func (r *VolumeRecord) validate() error {
 		return fmt.Errorf("size %d is not positive", r.Size)
 	case r.State != StateFormatting && r.State != StateReady:
 		return fmt.Errorf("state %q is neither %q nor %q", r.State, StateFormatting, StateReady)
-	case r.MountPoint != "" && (!path.IsAbs(r.MountPoint) || path.Clean(r.MountPoint) != r.MountPoint):
+	case r.MountPoint != "" && (!path.IsAbs(r.MountPoint) || path.Clean(r.MountPoint) != r.MountPoint || strings.Contains(r.MountPoint, "\x00")):
 		return fmt.Errorf("mount_point %q is not a clean absolute path", r.MountPoint)
 	case strings.ContainsAny(r.Mapping, "/\x00") || r.Mapping == "." || r.Mapping == "..":
 		return fmt.Errorf("mapping %q is not a name", r.Mapping)

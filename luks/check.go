@@ -447,21 +447,31 @@ func (j *judgement) salt(what, text string) {
 	}
 }
 
-// tokens notes the type of each token and parses only ours: what is in the others is between their owner and cryptsetup.
+// tokens notes the type of each token and parses only ours: what else is in the others is between their owner and cryptsetup.
 func (j *judgement) tokens() {
 	j.ids("token", slices.Collect(maps.Keys(j.meta.Tokens)), maxTokens)
 	ours := 0
 	for _, id := range ordered(j.meta.Tokens) {
 		raw := j.meta.Tokens[id]
-		var t struct {
-			Type string `json:"type"`
-		}
-		if err := json.Unmarshal(raw, &t); err != nil || t.Type == "" {
+		// Not a struct: encoding/json would take "Type" for "type", and json-c does not.
+		var fields map[string]json.RawMessage
+		var kind string
+		if json.Unmarshal(raw, &fields) != nil || json.Unmarshal(fields["type"], &kind) != nil || kind == "" {
 			j.refuse("token %s: it has no type", id)
 			continue
 		}
-		j.header.Tokens = append(j.header.Tokens, printable([]byte(t.Type)))
-		if t.Type != tokenType {
+		j.header.Tokens = append(j.header.Tokens, printable([]byte(kind)))
+		// cryptsetup refuses the whole header over this.
+		var bound []string
+		if json.Unmarshal(fields["keyslots"], &bound) != nil || bound == nil {
+			j.refuse("token %s: it has no list of keyslots", id)
+		}
+		for _, k := range bound {
+			if _, ok := j.meta.Keyslots[k]; !ok {
+				j.refuse("token %s: keyslot %q does not exist", id, k)
+			}
+		}
+		if kind != tokenType {
 			continue
 		}
 		ours++

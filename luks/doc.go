@@ -35,7 +35,8 @@
 //   - Only the secondary is valid: [Inspection.PrimaryDamaged] if it passes every check and the place of the primary holds
 //     either a header that was damaged or zeros. If it holds anything else (a filesystem, a swap signature), the header is
 //     refused, because a restore would overwrite that. [RestorePrimary] lets cryptsetup write the primary again.
-//   - Neither is valid: [KindTorn] if there is any LUKS magic, else [KindNone].
+//   - Neither is valid: [KindTorn] if there is any LUKS magic, or nothing but JSON text of a header where its copies stand (a
+//     cut left that alone); else [KindNone].
 //
 // An I/O error is always an error, never a damaged copy and never [KindNone].
 //

@@ -26,9 +26,9 @@ type Kind string
 
 // The kinds.
 const (
-	KindNone  Kind = "none"  // no LUKS magic at the start, nor at any place where a second copy could be
+	KindNone  Kind = "none"  // no LUKS magic at the start, nor at any place where a second copy could be; and not torn
 	KindLUKS1 Kind = "luks1" // a LUKS1 header; never trusted
-	KindTorn  Kind = "torn"  // a magic, but no valid copy of a header
+	KindTorn  Kind = "torn"  // a magic, or the text of a header that a cut left alone, but no valid copy of a header
 	KindEmpty Kind = "empty" // a valid LUKS2 header, no valid copy of which has a keyslot: nothing was ever readable under it
 	KindLUKS2 Kind = "luks2" // a valid LUKS2 header: its checksum holds. Whether it is trusted is another question
 )
@@ -217,7 +217,13 @@ func inspect(r io.ReaderAt, size int64) (*Inspection, error) {
 			}
 		}
 		if len(copies) == 0 {
-			if magic {
+			text := false
+			if !magic {
+				if text, err = looseText(r, size); err != nil {
+					return nil, err
+				}
+			}
+			if magic || text {
 				i.Kind = KindTorn
 				i.Reasons = []string{fmt.Sprintf("no copy of the LUKS2 header is valid (the primary: %s)", why)}
 			}
@@ -277,6 +283,44 @@ func foreignHead(r io.ReaderAt) (bool, error) {
 	}
 	return len(bytes.Trim(head, "\x00")) != 0, nil
 }
+
+// looseText reports whether the place of the two copies that Format writes holds parts of their JSON text and otherwise only zeros.
+// A cut leaves that: the sector with the magic and those with the text are one flush when a header is written, and one write
+// when the next luksFormat wipes it, so a disk may have done the one and not the other. (See TestPowerCutsInFormat.)
+//
+// It is narrow on purpose, as a caller may take what is torn for its own: both binary headers are zeros, the rest is sectors
+// of JSON as cryptsetup writes it, without a space, cut by nothing but zeros, and what begins an area begins the text.
+func looseText(r io.ReaderAt, size int64) (bool, error) {
+	if size < KeyslotsOffset {
+		return false, nil
+	}
+	const sector = 512
+	head := make([]byte, KeyslotsOffset)
+	if err := readFull(r, head, 0); err != nil {
+		return false, err
+	}
+	found := false
+	for at := 0; at < len(head); at += sector {
+		b := bytes.Trim(head[at:at+sector], "\x00")
+		if len(b) == 0 {
+			continue
+		}
+		within := at % (KeyslotsOffset / 2)
+		if within < binarySize || within == binarySize && head[at] != 0 && !bytes.HasPrefix([]byte(textStart), b[:min(len(b), len(textStart))]) {
+			return false, nil
+		}
+		for _, c := range b {
+			if c <= ' ' || c > '~' {
+				return false, nil
+			}
+		}
+		found = true
+	}
+	return found, nil
+}
+
+// textStart is what the JSON text of cryptsetup begins with.
+const textStart = `{"keyslots":{`
 
 // readLUKS1 returns the facts of a LUKS1 header, nil if the version says that it is none. Offsets from the LUKS1 On-Disk Format
 // Specification 1.2.3, figure 1. Only called where the magic is there.

@@ -33,8 +33,8 @@ type Content struct {
 	UUID  string // of the filesystem, "" where it has none
 	// Detail says why the device is not blank: "ext4 filesystem (label data)", "byte 0x4f at offset 1234567 is not zero".
 	Detail string
-	// NoiseFrom is where the bytes other than zero begin, if they carry no signature and all of them lie
-	// within the first 16 MiB; 0 otherwise, and where they begin at the first byte. Only Probe sets it.
+	// NoiseFrom is where the bytes other than zero begin, if they carry no signature; 0 otherwise, and where they
+	// begin at the first byte. Only Probe sets it.
 	NoiseFrom int64
 }
 
@@ -88,16 +88,12 @@ func probe(ctx context.Context, path string, size int64, deep depth) (Content, e
 	}
 	if deep >= readable {
 		// For what it could not open or read, blkid says "nothing found" too, without a word: see for ourselves.
-		offset, value, tail, err := firstNonZero(ctx, f, actual)
+		offset, value, err := firstNonZero(ctx, f, actual)
 		if err != nil {
 			return fail(err)
 		}
 		if deep == provenZero && offset >= 0 {
-			c := Content{Detail: fmt.Sprintf("byte %#02x at offset %d is not zero", value, offset)}
-			if !tail {
-				c.NoiseFrom = offset
-			}
-			return c, nil
+			return Content{Detail: fmt.Sprintf("byte %#02x at offset %d is not zero", value, offset), NoiseFrom: offset}, nil
 		}
 	}
 	if fstype, err := superblock(f, actual); err != nil || fstype != "" {
@@ -126,9 +122,8 @@ func superblock(f *os.File, size int64) (string, error) {
 	return "", nil
 }
 
-// firstNonZero reads both ends and returns where the first byte other than zero is, -1 for none, and whether there
-// are any behind the first 16 MiB.
-func firstNonZero(ctx context.Context, f *os.File, size int64) (first int64, value byte, tail bool, err error) {
+// firstNonZero reads both ends and returns where the first byte other than zero is, -1 for none.
+func firstNonZero(ctx context.Context, f *os.File, size int64) (first int64, value byte, err error) {
 	buffer, zero := make([]byte, 1<<20), make([]byte, 1<<20)
 	first = -1
 	for offset := int64(0); offset < size; {
@@ -136,18 +131,16 @@ func firstNonZero(ctx context.Context, f *os.File, size int64) (first int64, val
 			offset = size - proofLength
 		}
 		if err := ctx.Err(); err != nil {
-			return 0, 0, false, err
+			return 0, 0, err
 		}
 		n := min(int64(len(buffer)), size-offset)
 		// The page cache of a disk does not see what was written to it through a mapping: drop it. That it
 		// fails on odd files harms nothing.
 		_ = unix.Fadvise(int(f.Fd()), offset, n, unix.FADV_DONTNEED)
 		if _, err := f.ReadAt(buffer[:n], offset); err != nil {
-			return 0, 0, false, err
+			return 0, 0, err
 		}
-		noise := !bytes.Equal(buffer[:n], zero[:n])
-		tail = tail || noise && offset >= proofLength
-		if noise && first < 0 {
+		if first < 0 && !bytes.Equal(buffer[:n], zero[:n]) {
 			for i, b := range buffer[:n] {
 				if b != 0 {
 					first, value = offset+int64(i), b
@@ -157,7 +150,7 @@ func firstNonZero(ctx context.Context, f *os.File, size int64) (first int64, val
 		}
 		offset += n
 	}
-	return first, value, tail, nil
+	return first, value, nil
 }
 
 // signature asks blkid. Exit codes of blkid(8): 0 found, 2 nothing found, 8 ambivalent, anything else an error.

@@ -189,14 +189,7 @@ func TestHeaderRestoreIsCut(t *testing.T) {
 	d := m.disk(volumes.ClassEBS, "vol-1")
 	m.runOK()
 	m.reboot()
-	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
-	if err == nil {
-		_, err = f.WriteAt([]byte("garbage"), 4096+20)
-		err = errors.Join(err, f.Close())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	m.write(d, 4096+20, []byte("garbage"))
 	cuts := m.cuts()
 	wantSteps(t, cuts, stepRestored)
 	c := cuts[stepRestored]

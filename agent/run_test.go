@@ -81,6 +81,19 @@ func (m *machine) disk(class volumes.Class, identity string) volumes.Device {
 	return d
 }
 
+// write changes a disk behind the agent's back.
+func (m *machine) write(d volumes.Device, offset int64, data []byte) {
+	m.t.Helper()
+	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteAt(data, offset)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
 // node is the agent as a new process would find the machine.
 func (m *machine) node() *Node {
 	m.t.Helper()
@@ -542,15 +555,8 @@ func TestFormatCutBeforeTheHeaderIsTakenUp(t *testing.T) {
 	m.fail = failing("open", "")
 	m.run()
 	m.fail = func(string, string) error { return nil }
-	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
-	if err == nil {
-		_, err = f.WriteAt(make([]byte, luks.KeyslotsOffset), 0)
-		_, tail := f.WriteAt([]byte("what mkfs of an earlier try wrote, encrypted"), d.Size-4096)
-		err = errors.Join(err, tail, f.Close())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	m.write(d, 0, make([]byte, luks.KeyslotsOffset))
+	m.write(d, d.Size-4096, []byte("what mkfs of an earlier try wrote, encrypted"))
 	m.runOK()
 	if len(m.mounts) != 1 || len(m.records().Volumes) != 1 {
 		t.Errorf("mounts %v, records %v", m.mounts, m.records().Volumes)
@@ -650,14 +656,7 @@ func TestTamperedHeaderIsNeverOpened(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.OpenFile(a.Path, os.O_WRONLY, 0)
-	if err == nil {
-		_, err = f.WriteAt(data[:16<<20], 0)
-		err = errors.Join(err, f.Close())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	m.write(a, 0, data[:16<<20])
 	r := m.run()
 	if n := len(r.Failures()); n != 3 { // both twins, and the volume that no disk shows
 		t.Errorf("got %v", r.Failures())
@@ -672,14 +671,7 @@ func TestDamagedPrimaryHeaderIsRestored(t *testing.T) {
 	d := m.disk(volumes.ClassEBS, "vol-1")
 	m.runOK()
 	m.reboot()
-	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
-	if err == nil {
-		_, err = f.WriteAt([]byte("garbage"), 4096+20)
-		err = errors.Join(err, f.Close())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	m.write(d, 4096+20, []byte("garbage"))
 	r := m.runOK()
 	if !strings.Contains(r.Outcomes[0].Action.Reason, "primary LUKS header is damaged") {
 		t.Errorf("the plan does not say so: %s", r.Outcomes[0].Action.Reason)
@@ -707,14 +699,7 @@ func TestSecondaryHeaderOfAnotherKeyIsNotCopied(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.OpenFile(d.Path, os.O_WRONLY, 0)
-	if err == nil {
-		_, err = f.WriteAt([]byte("garbage"), 4096+20)
-		err = errors.Join(err, f.Close())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	m.write(d, 4096+20, []byte("garbage"))
 	before := m.sums()
 	if errs := m.run().Failures(); len(errs) != 1 || !errors.Is(errs[0], luks.ErrWrongKey) {
 		t.Errorf("got %v, want ErrWrongKey", errs)

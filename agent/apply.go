@@ -109,24 +109,29 @@ func (n *Node) connectOnce(ctx context.Context) (connect func() (mounter, error)
 }
 
 // checkMeans finds out before a disk is touched whether what the plan needs is
-// on the machine.
+// on the machine, each thing once.
 func (a *applier) checkMeans(ctx context.Context, p Plan) {
+	toMap, toMake := false, map[string]bool{} // filesystem types
 	for _, act := range p.Actions {
 		switch act.Verb {
 		case Format:
-			a.formatReady = errors.Join(a.formatReady, volumes.CheckMakeFilesystem(act.Volume.Filesystem))
-			if a.formatReady == nil {
-				a.formatReady = luks.CheckCryptsetup(ctx)
-			}
-			if a.mapReady == nil {
-				a.mapReady = a.maps.Ready()
-			}
+			toMake[act.Volume.Filesystem] = true
+			toMap = true
 		case Unlock, Adopt:
-			if a.mapReady == nil {
-				a.mapReady = a.maps.Ready()
-			}
+			toMap = true
 		}
 	}
+	if toMap {
+		a.mapReady = a.maps.Ready()
+	}
+	if len(toMake) == 0 {
+		return
+	}
+	errs := []error{luks.CheckCryptsetup(ctx)}
+	for _, fstype := range sortedKeys(toMake) {
+		errs = append(errs, volumes.CheckMakeFilesystem(fstype))
+	}
+	a.formatReady = errors.Join(errs...)
 }
 
 func (a *applier) quarantine(p Plan) error {

@@ -427,11 +427,9 @@ func (d *decision) format(a Action, why string) Action {
 // volume or on a new instance.
 func (d *decision) adopt(a Action) Action {
 	h := a.Device.Header.Header
-	for _, p := range d.Records.Problems {
-		if p.Kind == "volume" && p.ID == h.UUID {
-			a.Verb, a.Refusal, a.Reason = Refuse, RefusedRecord, "its record cannot be read"
-			return a
-		}
+	if d.unreadable("volume", h.UUID) {
+		a.Verb, a.Refusal, a.Reason = Refuse, RefusedRecord, "its record cannot be read"
+		return a
 	}
 	if !d.keyAllowed(h.Token.KeyARN) {
 		a.Verb, a.Refusal = Refuse, RefusedContent
@@ -644,12 +642,15 @@ func (d *decision) keyProblem(id string) string {
 	if k, ok := d.Records.Keys[id]; ok && k.InstanceID == d.InstanceID {
 		return ""
 	}
-	for _, p := range d.Records.Problems {
-		if p.Kind == "key" && p.ID == id {
-			return fmt.Sprintf("its key record %s cannot be read", id)
-		}
+	if d.unreadable("key", id) {
+		return fmt.Sprintf("its key record %s cannot be read", id)
 	}
 	return fmt.Sprintf("its key record %s is missing", id)
+}
+
+// unreadable says whether there is a record of that kind and id that cannot be read.
+func (d *decision) unreadable(kind, id string) bool {
+	return slices.ContainsFunc(d.Records.Problems, func(p keycache.RecordError) bool { return p.Kind == kind && p.ID == id })
 }
 
 func (d *decision) excluded(dev volumes.Device) (string, bool) {

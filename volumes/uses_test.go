@@ -113,11 +113,11 @@ func TestUses(t *testing.T) {
 				two(tr)
 				tr.write("media/root-ro/x", "")
 				tr.write("media/a:b/upper/x", "")
-				tr.write("media/a:b/work/x", "")
+				tr.write("media/a:b/workdir/x", "")
 				tr.mount("8:16", "/media/root-ro", "ext4", "/dev/sdb", "ro")
 				tr.mount("8:32", "/media/a:b", "ext4", "/dev/sdc", "rw")
 				tr.mount("0:40", "/", "overlay", "overlayroot",
-					`rw,lowerdir=/media/root-ro,upperdir=/media/a:b/upper,workdir=/media/a:b/work`)
+					`rw,lowerdir=/media/root-ro,upperdir=/media/a:b/upper,workdir=/media/a:b/workdir`)
 			},
 			uses: []string{"sdb: system /, mounted /media/root-ro", "sdc: system /, mounted /media/a:b"},
 			evidence: []string{

@@ -127,6 +127,14 @@ func digestFiles(n *harness.Node, points ...string) string {
 	return n.Sh("sha256sum " + strings.Join(points, "/plaintext-file ") + "/plaintext-file")
 }
 
+// wantFiles checks that the files of writeFiles are what they were; when says after what.
+func wantFiles(t *testing.T, n *harness.Node, before, when string, points ...string) {
+	t.Helper()
+	if got := digestFiles(n, points...); got != before {
+		t.Errorf("files %s:\n%s\nbefore:\n%s", when, got, before)
+	}
+}
+
 // denied, down and so on are the faults of KMS that stories speak of.
 var (
 	down   = proxy.Fault{Kind: proxy.Drop}

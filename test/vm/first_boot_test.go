@@ -55,9 +55,7 @@ func TestFirstBootAndReboot(t *testing.T) {
 	n.AwaitVolumes()
 	wantCalls(t, n, 0, 1, 0)
 	wantMounted(t, n, points...)
-	if got := digestFiles(n, points...); got != files {
-		t.Errorf("files after the reboot:\n%s\nbefore:\n%s", got, files)
-	}
+	wantFiles(t, n, files, "after the reboot", points...)
 	wantHeaders(t, n, headers)
 	wantWritesOnlyThroughMappings(t, n)
 	if after := n.State(); after != state {
@@ -90,9 +88,7 @@ func TestFirstBootAndReboot(t *testing.T) {
 	}
 	wantMounted(t, n, points...)
 	wantCalls(t, n, 0, 1, 0)
-	if got := digestFiles(n, points...); got != files {
-		t.Errorf("files after lock and unlock:\n%s\nbefore:\n%s", got, files)
-	}
+	wantFiles(t, n, files, "after lock and unlock", points...)
 
 	for _, leak := range n.Leaks() {
 		t.Errorf("leak: %s", leak)
@@ -242,9 +238,7 @@ func TestEightVolumes(t *testing.T) {
 	n.AwaitVolumes()
 	wantCalls(t, n, 0, 1, 0)
 	wantMounted(t, n, points...)
-	if got := digestFiles(n, points...); got != files {
-		t.Errorf("files after the reboot:\n%s\nbefore:\n%s", got, files)
-	}
+	wantFiles(t, n, files, "after the reboot", points...)
 	var peak int
 	if _, err := fmt.Sscan(n.Sh("cat /run/agent-memory"), &peak); err != nil {
 		t.Fatal(err)

@@ -41,9 +41,7 @@ func TestKMSUnreachableAtBoot(t *testing.T) {
 	n.KMS.Inject()
 	n.AwaitActive("consumer.service", 2*time.Minute)
 	wantMounted(t, n, "/mnt", "/mnt1")
-	if got := digestFiles(n, "/mnt", "/mnt1"); got != files {
-		t.Errorf("files after KMS returned:\n%s\nbefore:\n%s", got, files)
-	}
+	wantFiles(t, n, files, "after KMS returned", "/mnt", "/mnt1")
 	if saw := n.Sh("cat /run/consumer-saw"); !strings.Contains(saw, "/mnt1\n") {
 		t.Errorf("the consumer started before the volumes were mounted: %s", saw)
 	}
@@ -108,7 +106,5 @@ func TestKeyScopeVolume(t *testing.T) {
 	n.Reboot()
 	n.AwaitVolumes()
 	wantCalls(t, n, 0, 3, 0)
-	if got := digestFiles(n, "/mnt", "/mnt1", "/mnt2"); got != files {
-		t.Errorf("files after the reboot:\n%s\nbefore:\n%s", got, files)
-	}
+	wantFiles(t, n, files, "after the reboot", "/mnt", "/mnt1", "/mnt2")
 }

@@ -109,9 +109,7 @@ func TestDamagedAndTamperedHeaders(t *testing.T) {
 		t.Errorf("the service ended with exit code %s, want 7:\n%s", code, n.Journal())
 	}
 	wantMounted(t, n, "/mnt", "/mnt1")
-	if got := digestFiles(n, "/mnt", "/mnt1"); got != files {
-		t.Errorf("files of the other volumes:\n%s\nbefore:\n%s", got, files)
-	}
+	wantFiles(t, n, files, "of the other volumes", "/mnt", "/mnt1")
 	journal := n.Journal()
 	for _, word := range []string{"restored from the secondary", "cipher_null-ecb", "Do not use the volume"} {
 		if !strings.Contains(journal, word) {
@@ -166,7 +164,5 @@ func TestPowerCutWhileFormatting(t *testing.T) {
 	n.Boot()
 	n.AwaitVolumes()
 	wantCalls(t, n, 0, 1, 0)
-	if got := digestFiles(n, "/mnt", "/mnt1", "/mnt2", "/mnt3"); got != files {
-		t.Errorf("files after a power cut:\n%s\nbefore:\n%s", got, files)
-	}
+	wantFiles(t, n, files, "after a power cut", "/mnt", "/mnt1", "/mnt2", "/mnt3")
 }

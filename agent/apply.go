@@ -486,7 +486,7 @@ func (a *applier) makeKey(ctx context.Context) (*keycache.Key, keycache.KeyRecor
 		return nil, rec, fmt.Errorf("cannot prove the new data key before it locks a disk: %w", err)
 	}
 	if !proven.Equal(made) {
-		return nil, rec, fmt.Errorf("cannot use the new data key %s: Decrypt gave another key than GenerateDataKey", rec.ID)
+		return nil, rec, fmt.Errorf("cannot use the new data key %s: %w", rec.ID, keycache.ErrOtherKey)
 	}
 	a.reached(stepKeyProven)
 	return proven, rec, nil

@@ -40,6 +40,16 @@ const (
 	PolicyIgnore Policy = "ignore" // leave alone
 )
 
+// MultiAttach says what is done with an EBS volume that several instances may
+// have at once.
+type MultiAttach string
+
+// The ways with Multi-Attach volumes.
+const (
+	MultiAttachRefuse MultiAttach = "refuse" // refuse volumes that say so
+	MultiAttachAllow  MultiAttach = "allow"  // use them all the same
+)
+
 // Config is the agent's configuration. Its defaults are those of [LoadConfig].
 type Config struct {
 	Path          string         // the file it was read from
@@ -58,6 +68,8 @@ type Config struct {
 	Workqueues    string         // dm-crypt's work queues: "auto", "on", "off"
 	StateDir      string         // where the records are
 	AllowedKeys   []string       // ARNs of keys whose volumes may be adopted, beside KMSKey
+	DeviceWait    time.Duration  // how long a run waits for volumes that are not there; 0: not at all
+	MultiAttach   MultiAttach    //
 }
 
 // VolumeConfig is what the configuration says of one volume.
@@ -139,6 +151,8 @@ func defaultConfig(path string) Config {
 		CallTimeout:   10 * time.Second,
 		Workqueues:    "auto",
 		StateDir:      "/var/lib/luks-kms-agent",
+		DeviceWait:    30 * time.Second,
+		MultiAttach:   MultiAttachRefuse,
 	}
 }
 
@@ -258,11 +272,13 @@ func (p *parser) top(n *yaml.Node) error {
 		"ebs":            oneOf(p, "ebs", &c.EBS, policy...),
 		"volumes":        p.volumes,
 		"exclude":        p.texts("exclude", &c.Exclude),
-		"retry_limit":    p.duration("retry_limit", &c.RetryLimit),
-		"call_timeout":   p.duration("call_timeout", &c.CallTimeout),
+		"retry_limit":    p.duration("retry_limit", &c.RetryLimit, time.Second),
+		"call_timeout":   p.duration("call_timeout", &c.CallTimeout, time.Second),
 		"workqueues":     oneOf(p, "workqueues", &c.Workqueues, "auto", "on", "off"),
 		"state_dir":      p.text("state_dir", &c.StateDir),
 		"allowed_keys":   p.texts("allowed_keys", &c.AllowedKeys),
+		"device_wait":    p.duration("device_wait", &c.DeviceWait, 0),
+		"multi_attach":   oneOf(p, "multi_attach", &c.MultiAttach, string(MultiAttachRefuse), string(MultiAttachAllow)),
 	})
 }
 
@@ -327,11 +343,11 @@ func oneOf[T ~string](p *parser, name string, to *T, allowed ...string) func(*ya
 	}
 }
 
-func (p *parser) duration(name string, to *time.Duration) func(*yaml.Node) error {
+func (p *parser) duration(name string, to *time.Duration, least time.Duration) func(*yaml.Node) error {
 	return func(n *yaml.Node) error {
 		d, err := time.ParseDuration(n.Value)
-		if n.Kind != yaml.ScalarNode || err != nil || d < time.Second || d > 24*time.Hour {
-			return p.fail(n.Line, "%s is %q (allowed: a duration from 1s to 24h, as in 90s or 10m)", name, n.Value)
+		if n.Kind != yaml.ScalarNode || err != nil || d < least || d > 24*time.Hour {
+			return p.fail(n.Line, "%s is %q (allowed: a duration from %v to 24h, as in 90s or 10m)", name, n.Value, least)
 		}
 		*to = d
 		return nil

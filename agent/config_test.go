@@ -57,6 +57,8 @@ workqueues: off
 state_dir: /srv/state
 allowed_keys:
   - `+testKey+`
+device_wait: 0s
+multi_attach: allow
 `, 0o600))
 	if err != nil {
 		t.Fatal(err)
@@ -67,7 +69,7 @@ allowed_keys:
 		IMDSEndpoint: "http://169.254.169.254", KeyScope: ScopeVolume, Filesystem: "ext4", InstanceStore: PolicyUnlock, EBS: PolicyIgnore,
 		Volumes: []VolumeConfig{{"/dev/loop0", "/data", "xfs"}, {Name: "vol-0123456789abcdef0"}},
 		Exclude: []string{"/dev/nvme5n1"}, RetryLimit: 90 * time.Second, CallTimeout: 3 * time.Second,
-		Workqueues: "off", StateDir: "/srv/state", AllowedKeys: []string{testKey},
+		Workqueues: "off", StateDir: "/srv/state", AllowedKeys: []string{testKey}, MultiAttach: MultiAttachAllow,
 	}
 	if got, want := fmt.Sprintf("%+v", cfg), fmt.Sprintf("%+v", want); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
@@ -96,6 +98,8 @@ func TestBadConfigNamesThePlaceAndWhatIsAllowed(t *testing.T) {
 		{"wrong policy", key + "\nebs: yes\n", 3, "allowed: format, unlock, ignore"},
 		{"number for duration", key + "retry_limit: 10\n", 2, "allowed: a duration"},
 		{"endless duration", key + "retry_limit: 100000h\n", 2, "allowed: a duration"},
+		{"negative duration", key + "device_wait: -1s\n", 2, "allowed: a duration from 0s to 24h"},
+		{"wrong way with Multi-Attach", key + "multi_attach: true\n", 2, "allowed: refuse, allow"},
 		{"alias node", "kms_key: &k " + testKey + "\nregion: *k\n", 2, "YAML alias"},
 		{"clear-text KMS", key + "kms_endpoint: http://kms.example\n", 2, "plain http is allowed for loopback"},
 		{"endpoint scheme", key + "kms_endpoint: ftp://kms.example\n", 2, "allowed: https, http"},

@@ -47,7 +47,7 @@ func (m *machine) cuts() map[step]*machine {
 	at := map[step]*machine{}
 	n := m.node()
 	n.atStep = func(s step) {
-		if at[s] == nil {
+		if at[s] == nil && s != stepWiped { // that one writes nothing
 			at[s] = m.copyTo(filepath.Join(m.t.TempDir(), "cut"))
 		}
 	}

@@ -40,6 +40,8 @@ call_timeout: 3s
 workqueues: off
 state_dir: /srv/state
 allowed_keys: [ ` + testKey + ` ]
+device_wait: 0s
+multi_attach: allow
 `))
 	for _, text := range []string{
 		"", "\n", "#", "---", "---\n", "~", "- a\n", "region: us-east-1\n", "\xff\xfek\x00", "\xef\xbb\xbf" + key, "\x00", "? {a: b}\n: c\n",
@@ -105,6 +107,8 @@ func taken(t *testing.T, c Config) {
 		"workqueues":     slices.Contains([]string{"auto", "on", "off"}, c.Workqueues),
 		"retry_limit":    c.RetryLimit >= time.Second && c.RetryLimit <= 24*time.Hour,
 		"call_timeout":   c.CallTimeout >= time.Second && c.CallTimeout <= 24*time.Hour,
+		"device_wait":    c.DeviceWait >= 0 && c.DeviceWait <= 24*time.Hour,
+		"multi_attach":   slices.Contains([]MultiAttach{"refuse", "allow"}, c.MultiAttach),
 	} {
 		if !is {
 			t.Errorf("%s is out of bounds in %+v", field, c)
@@ -183,7 +187,7 @@ func asWritten(t *testing.T, c Config, data []byte) {
 	}
 	for name := range m {
 		if !slices.Contains(strings.Fields(`kms_key region kms_endpoint imds_endpoint key_scope filesystem instance_store ebs volumes exclude
-			retry_limit call_timeout workqueues state_dir allowed_keys`), name) {
+			retry_limit call_timeout workqueues state_dir allowed_keys device_wait multi_attach`), name) {
 			t.Errorf("unknown field %q was taken", name)
 		}
 	}

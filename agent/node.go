@@ -70,6 +70,7 @@ type Node struct {
 	statusPath string
 	now        func() time.Time
 	atStep     func(step)
+	wipeKeys   func(...*keycache.Key) error
 }
 
 // New joins the rooms for this machine. It touches nothing.
@@ -104,6 +105,8 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 		mounts:     func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
 		statusPath: DefaultStatusPath,
 		now:        time.Now,
+		atStep:     stepHook(),
+		wipeKeys:   keycache.WipeAll,
 	}, nil
 }
 
@@ -148,7 +151,10 @@ func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error)
 	}
 	wait, cancel := context.WithTimeout(ctx, lockWait)
 	defer cancel()
-	release, err := store.Lock(wait)
+	release, err := store.Lock(wait, func(process string) {
+		n.log.Warn("waiting for another command", zap.String("process", process), zap.Duration("given_up_after", lockWait))
+		systemd.Status("Waiting for another command, process " + process)
+	})
 	if err != nil {
 		return nil, nil, err
 	}

@@ -191,14 +191,16 @@ func (k *keyring) get(rec keycache.KeyRecord) (*keycache.Key, error) {
 	return p.key, p.err
 }
 
-// wipe waits for what is under way and wipes every key.
-func (k *keyring) wipe() {
+// take waits for what is under way and gives every key to the caller, to be wiped.
+func (k *keyring) take() []*keycache.Key {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	var keys []*keycache.Key
 	for _, p := range k.keys {
 		<-p.done
 		if p.key != nil {
-			p.key.Wipe()
+			keys = append(keys, p.key)
 		}
 	}
+	return keys
 }

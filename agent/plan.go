@@ -54,6 +54,7 @@ const (
 	RefusedHeader  Refusal = "header"  // a LUKS header that is tampered or damaged
 	RefusedDevice  Refusal = "device"  // missing, unreadable, read-only
 	RefusedRecord  Refusal = "record"  // a record cannot be read
+	RefusedShared  Refusal = "shared"  // other instances may write to it
 )
 
 // Action is what is to be done with one device, and why.
@@ -73,6 +74,8 @@ type Action struct {
 	// exists, and so may the mapping OpenAs.
 	Resume bool
 	OpenAs string // the mapping that is open, of Format with Resume, Mount and Nothing
+	// Missing is a refusal because no disk is there; it may yet come.
+	Missing bool
 	// Replaces names the records of volumes that a stop/start took away and whose
 	// place this Format takes; they are archived first.
 	Replaces []string
@@ -111,6 +114,7 @@ func Decide(f Facts) Plan {
 		d.plan.Actions = append(d.plan.Actions, d.device(dev))
 	}
 	d.refuseTwins()
+	d.refuseDoubles()
 	d.missing()
 	d.replaceLost()
 	d.assignMountPoints()
@@ -205,6 +209,9 @@ func (d *decision) device(dev DeviceFacts) Action {
 		}
 		return pass(RefusedContent, "in use: %s", strings.Join(evidence, "; "))
 	}
+	if dev.Shared && dev.Class == volumes.ClassEBS && d.Config.MultiAttach == MultiAttachRefuse {
+		return refuse(RefusedShared, "it may be attached to several instances at once (Multi-Attach), which no filesystem of ours survives")
+	}
 	if dev.ReadOnly {
 		return pass(RefusedDevice, "read-only")
 	}
@@ -248,11 +255,24 @@ func (d *decision) record(dev DeviceFacts) (keycache.VolumeRecord, bool) {
 	}
 	var found keycache.VolumeRecord
 	for _, id := range sortedKeys(d.live) {
-		if rec := d.live[id]; sameDisk(rec, dev.Device) && (found.UUID == "" || rec.State == keycache.StateReady) {
+		rec := d.live[id]
+		if sameDisk(rec, dev.Device) && !d.shown(id) && (found.UUID == "" || rec.State == keycache.StateReady) {
 			found = rec
 		}
 	}
 	return found, found.UUID != ""
+}
+
+// shown says whether a disk shows a LUKS UUID: then that disk is the one that its
+// record speaks of, and no other that has the same serial.
+func (d *decision) shown(uuid string) bool {
+	return slices.ContainsFunc(d.Devices, func(dev DeviceFacts) bool {
+		if dev.Header != nil && dev.Header.Header != nil && dev.Header.Header.UUID == uuid {
+			return true
+		}
+		_, open := ourMapping(dev.Device, keycache.VolumeRecord{UUID: uuid})
+		return open
+	})
 }
 
 // sameDisk says whether a record was made for this very disk.
@@ -260,20 +280,25 @@ func sameDisk(rec keycache.VolumeRecord, dev volumes.Device) bool {
 	return rec.Identity != "" && rec.Identity == dev.Identity && rec.Class == string(dev.Class)
 }
 
-// ourMapping finds the open mapping of a record on a device. cryptsetup and
-// luks.go name it CRYPT-LUKS2-<uuid without dashes>-<name>.
+// ourMapping finds the open mapping of a record on a device.
 func ourMapping(dev volumes.Device, rec keycache.VolumeRecord) (volumes.Mapping, bool) {
-	if rec.UUID == "" {
-		return volumes.Mapping{}, false
-	}
-	prefix := "CRYPT-LUKS2-" + strings.ReplaceAll(rec.UUID, "-", "") + "-"
 	for _, m := range dev.Mappings {
-		if strings.HasPrefix(m.UUID, prefix) {
+		if uuid, ok := mappedUUID(m); ok && uuid == compactUUID(rec.UUID) {
 			return m, true
 		}
 	}
 	return volumes.Mapping{}, false
 }
+
+// mappedUUID returns the compact UUID of the LUKS2 volume that a mapping shows.
+// cryptsetup and luks.go call it CRYPT-LUKS2-<uuid without dashes>-<name>.
+func mappedUUID(m volumes.Mapping) (string, bool) {
+	rest, ok := strings.CutPrefix(m.UUID, "CRYPT-LUKS2-")
+	uuid, _, ended := strings.Cut(rest, "-")
+	return uuid, ok && ended && uuid != ""
+}
+
+func compactUUID(uuid string) string { return strings.ReplaceAll(uuid, "-", "") }
 
 // mapped decides on a device whose volume is open already.
 func (d *decision) mapped(a Action, m volumes.Mapping) Action {
@@ -410,16 +435,21 @@ func (d *decision) format(a Action, why string) Action {
 			return a
 		}
 	}
-	a.Verb, a.Reason = Format, why
 	v := &a.Volume
-	v.Class, v.Identity, v.Size = string(a.Device.Class), a.Device.Identity, a.Device.Size
-	v.State, v.InstanceID = keycache.StateFormatting, d.InstanceID
 	if v.Filesystem == "" {
 		v.Filesystem = d.Config.Filesystem
 		if c, ok := d.volumeConfig(a.Device.Device); ok && c.Filesystem != "" {
 			v.Filesystem = c.Filesystem
 		}
 	}
+	if least := luks.DataOffset + volumes.LeastSize(v.Filesystem); a.Device.Size < least {
+		a.Verb, a.Refusal = Refuse, RefusedDevice
+		a.Reason = fmt.Sprintf("it has %d bytes, too few: a LUKS header and %s want at least %d", a.Device.Size, v.Filesystem, least)
+		return a
+	}
+	a.Verb, a.Reason = Format, why
+	v.Class, v.Identity, v.Size = string(a.Device.Class), a.Device.Identity, a.Device.Size
+	v.State, v.InstanceID = keycache.StateFormatting, d.InstanceID
 	return a
 }
 
@@ -447,37 +477,60 @@ func (d *decision) adopt(a Action) Action {
 
 // refuseTwins refuses devices that show the same LUKS UUID, such as an EBS volume
 // beside a copy made from its snapshot: which of the two is meant is not known.
+// One of them may be open, by us or by a person; that one stays as it is.
 func (d *decision) refuseTwins() {
 	byUUID := map[string][]int{}
 	for i, a := range d.plan.Actions {
-		if a.Device.Header == nil || a.Device.Header.Header == nil || a.Verb == Leave {
-			continue
+		switch {
+		case a.Device.Header != nil && a.Device.Header.Header != nil && a.Verb != Leave:
+			uuid := compactUUID(a.Device.Header.Header.UUID)
+			byUUID[uuid] = append(byUUID[uuid], i)
+		case a.Device.Header == nil:
+			// A disk that is in use was not inspected; the mapping on it tells.
+			for _, m := range a.Device.Mappings {
+				if uuid, ok := mappedUUID(m); ok {
+					byUUID[uuid] = append(byUUID[uuid], i)
+				}
+			}
 		}
-		uuid := a.Device.Header.Header.UUID
-		byUUID[uuid] = append(byUUID[uuid], i)
 	}
-	// A volume that is open was not inspected; its record names its UUID.
-	for i, a := range d.plan.Actions {
-		if a.OpenAs != "" && len(byUUID[a.Volume.UUID]) > 0 {
-			byUUID[a.Volume.UUID] = append(byUUID[a.Volume.UUID], i)
-		}
-	}
-	for uuid, twins := range byUUID {
+	for _, twins := range byUUID {
 		if len(twins) < 2 {
 			continue
 		}
-		names := make([]string, len(twins))
+		names, uuid := make([]string, len(twins)), ""
 		for n, i := range twins {
-			names[n] = d.plan.Actions[i].Device.Path + " (" + d.plan.Actions[i].Device.Identity + ")"
+			a := d.plan.Actions[i]
+			names[n] = a.Device.Path + " (" + a.Device.Identity + ")"
+			if a.Device.Header != nil {
+				uuid = a.Device.Header.Header.UUID
+			}
 		}
 		slices.Sort(names)
 		for _, i := range twins {
 			a := &d.plan.Actions[i]
-			if a.Verb == Nothing {
+			if a.Verb == Nothing || a.Verb == Leave {
 				continue
 			}
 			a.Verb, a.Refusal = Refuse, RefusedContent
-			a.Reason = fmt.Sprintf("%s show the same LUKS UUID %s", strings.Join(names, " and "), uuid)
+			a.Reason = fmt.Sprintf("%s show the same LUKS UUID %s", strings.Join(names, " and "), cmp.Or(uuid, a.Volume.UUID))
+		}
+	}
+}
+
+// refuseDoubles formats no disk whose identity another one has too: the record
+// of the one would be taken for that of the other.
+func (d *decision) refuseDoubles() {
+	for i := range d.plan.Actions {
+		a := &d.plan.Actions[i]
+		if a.Verb != Format {
+			continue
+		}
+		for _, other := range d.Devices {
+			if other.Path != a.Device.Path && other.Class == a.Device.Class && other.Identity == a.Device.Identity {
+				a.Verb, a.Refusal, a.Replaces = Refuse, RefusedContent, nil
+				a.Reason = fmt.Sprintf("it has the same identity as %s: %s", other.Path, a.Device.Identity)
+			}
 		}
 	}
 }
@@ -486,7 +539,7 @@ func (d *decision) refuseTwins() {
 func (d *decision) missing() {
 	for _, m := range d.Missing {
 		d.plan.Actions = append(d.plan.Actions, Action{
-			Verb: Refuse, Refusal: RefusedDevice,
+			Verb: Refuse, Refusal: RefusedDevice, Missing: true,
 			Reason: fmt.Sprintf("%s is named in the configuration, but %s", m.Name, m.Reason),
 		})
 	}
@@ -500,7 +553,7 @@ func (d *decision) missing() {
 	for _, id := range sortedKeys(d.live) {
 		if rec := d.live[id]; !seen[id] && rec.State == keycache.StateReady {
 			d.plan.Actions = append(d.plan.Actions, Action{
-				Verb: Refuse, Refusal: RefusedDevice, Volume: rec,
+				Verb: Refuse, Refusal: RefusedDevice, Missing: true, Volume: rec,
 				Reason: fmt.Sprintf("volume %s (%s %s) is recorded ready, but no disk shows it", rec.UUID, rec.Class, rec.Identity),
 			})
 		}

@@ -72,6 +72,8 @@ func open(d volumes.Device, uuid string, mounts ...string) volumes.Device {
 	return d
 }
 
+func shared(d volumes.Device) volumes.Device { d.Shared = true; return d }
+
 func none() *luks.Inspection        { return &luks.Inspection{Kind: luks.KindNone} }
 func blank() *volumes.Content       { return &volumes.Content{Blank: true} }
 func ext4Content() *volumes.Content { return &volumes.Content{Type: "ext4", Detail: "ext4 filesystem"} }
@@ -177,6 +179,15 @@ func TestDecisionTable(t *testing.T) {
 		{"ready, open", recorded(ready, vol).device(open(vol, a), nil, nil), "mount /mnt: not mounted"},
 
 		{"record of another instance, token", newWorld().key("k1", stranger).device(vol, ours(a), nil), "adopt /mnt: token"},
+		{"too small", newWorld().device(func() volumes.Device { d := vol; d.Size = 316<<20 - 1; return d }(), none(), blank()), "refuse device: want at least 331350016"},
+		{"just large enough", newWorld().device(func() volumes.Device { d := vol; d.Size = 316 << 20; return d }(), none(), blank()), "format /mnt: proven blank"},
+		{"Multi-Attach, blank", newWorld().device(shared(vol), none(), blank()), "refuse shared: several instances"},
+		{"Multi-Attach, ready", recorded(ready, vol).device(shared(vol), ours(a), nil), "refuse shared: several instances"},
+		{"Multi-Attach, ours without record", newWorld().device(shared(vol), ours(a), nil), "refuse shared: several instances"},
+		{"Multi-Attach, open and mounted", recorded(ready, vol).device(shared(open(vol, a, "/mnt")), nil, nil), "nothing /mnt: mounted on /mnt"},
+		{"Multi-Attach, allowed", func() *world { w := recorded(ready, vol); w.Config.MultiAttach = MultiAttachAllow; return w }().device(shared(vol), ours(a), nil),
+			"unlock /mnt: recorded ready"},
+		{"shared bit of an instance store", newWorld().device(shared(eph), none(), blank()), "format /mnt: proven blank"},
 		{"no class", newWorld().device(volumes.Device{Name: "vdb", Path: "/dev/vdb"}, none(), blank()), "leave: neither"},
 		{"in use", newWorld().device(func() volumes.Device {
 			d := vol
@@ -263,6 +274,31 @@ func TestTwinsAreBothRefused(t *testing.T) {
 	p := Decide(w.Facts)
 	checkAction(t, p.Actions[0], "nothing /mnt: mounted")
 	checkAction(t, p.Actions[1], "refuse content: same LUKS UUID")
+}
+
+// A copy that a person opened by hand is a twin as well; it is not ours to touch.
+func TestTwinOfAMappingWithoutARecord(t *testing.T) {
+	const a = "aaaaaaaa-0000-4000-8000-000000000001"
+	p := Decide(newWorld().device(ebs("nvme1n1", "vol-1"), ours(a), nil).device(open(ebs("nvme2n1", "vol-2"), a), nil, nil).Facts)
+	checkAction(t, p.Actions[0], "refuse content: /dev/nvme1n1 (vol-1) and /dev/nvme2n1 (vol-2) show the same LUKS UUID "+a)
+	checkAction(t, p.Actions[1], "leave: dm-0")
+}
+
+// Where two disks have one serial, the record of one is not taken for the other's.
+func TestDisksOfOneSerialAreNotFormatted(t *testing.T) {
+	const a = "aaaaaaaa-0000-4000-8000-000000000001"
+	for _, state := range []keycache.VolumeState{keycache.StateReady, keycache.StateFormatting} {
+		w := newWorld().key("k1", me).record(a, state, store("", "AWS1"), "/mnt").
+			device(store("nvme1n1", "AWS1"), none(), blank()).device(store("nvme2n1", "AWS1"), none(), blank())
+		for i, act := range Decide(w.Facts).Actions[:2] {
+			checkAction(t, act, fmt.Sprintf("refuse content: it has the same identity as /dev/nvme%dn1: AWS1", 2-i))
+		}
+	}
+	w := newWorld().key("k1", me).record(a, keycache.StateReady, store("", "AWS1"), "/mnt").
+		device(open(store("nvme1n1", "AWS1"), a, "/mnt"), nil, nil).device(store("nvme2n1", "AWS1"), none(), blank())
+	p := Decide(w.Facts)
+	checkAction(t, p.Actions[0], "nothing /mnt: mounted on /mnt")
+	checkAction(t, p.Actions[1], "refuse content: recorded ready on the same disk")
 }
 
 func TestRecordsOfAnotherInstanceAreQuarantined(t *testing.T) {
@@ -401,7 +437,10 @@ func TestPlanInvariants(t *testing.T) {
 				d = store(name, fmt.Sprintf("AWS%d", pick("serial", 5)))
 			}
 			uuid := uuids[pick("uuid", 3)]
-			d.ReadOnly = pick("ro", 8) == 0
+			d.ReadOnly, d.Shared = pick("ro", 8) == 0, pick("shared", 8) == 0
+			if pick("small", 8) == 0 {
+				d.Size = 20 << 20
+			}
 			f := DeviceFacts{Device: d}
 			switch pick("content", 10) {
 			case 0:
@@ -432,8 +471,9 @@ func TestPlanInvariants(t *testing.T) {
 			if pick("class", 2) == 0 {
 				d = store("", fmt.Sprintf("AWS%d", pick("serial", 5)))
 			}
-			uuid := uuids[pick("uuid", 3)]
-			w.record(uuid, []keycache.VolumeState{keycache.StateReady, keycache.StateFormatting}[pick("state", 2)], d, "/mnt")
+			which := pick("uuid", 3)
+			uuid := uuids[which]
+			w.record(uuid, []keycache.VolumeState{keycache.StateReady, keycache.StateFormatting}[pick("state", 2)], d, automaticName(which))
 			if pick("instance", 4) == 0 {
 				rec := w.Records.Volumes[uuid]
 				rec.InstanceID = stranger
@@ -459,7 +499,7 @@ func TestPlanInvariants(t *testing.T) {
 			checkSafe(t, w.Facts, a)
 			if a.Verb == Format && !a.Resume {
 				if points[a.Volume.MountPoint] || a.Volume.MountPoint == "" {
-					t.Fatalf("mount point %q is given out twice or not at all", a.Volume.MountPoint)
+					t.Fatalf("mount point %q is given out twice or not at all: %s", a.Volume.MountPoint, brief(p))
 				}
 				points[a.Volume.MountPoint] = true
 			}
@@ -467,7 +507,59 @@ func TestPlanInvariants(t *testing.T) {
 		if len(devices) != len(w.Devices) {
 			t.Fatalf("%d devices, actions for %d", len(w.Devices), len(devices))
 		}
+		refused := slices.ContainsFunc(p.Actions, func(a Action) bool { return a.Verb == Refuse })
+		if again := Decide(succeeded(w.Facts, p)); !refused && again.Changes() {
+			t.Fatalf("a second run after success would change something: %s\nthe first did: %s", brief(again), brief(p))
+		}
 	})
+}
+
+// brief is a plan as a person wants to read it.
+func brief(p Plan) string {
+	var b strings.Builder
+	for _, a := range p.Actions {
+		fmt.Fprintf(&b, "\n%s %s (%s) %s: %s", a.Verb, a.Device.Path, a.Device.Identity, a.Volume.MountPoint, a.Reason)
+	}
+	return b.String()
+}
+
+// succeeded is the world after a plan was carried out.
+func succeeded(f Facts, p Plan) Facts {
+	after := Facts{Config: f.Config, InstanceID: f.InstanceID, Records: keycache.Records{
+		Keys: maps.Clone(f.Records.Keys), Volumes: maps.Clone(f.Records.Volumes), Problems: f.Records.Problems,
+	}}
+	for _, id := range p.QuarantineKeys {
+		delete(after.Records.Keys, id)
+	}
+	for _, id := range p.QuarantineVolumes {
+		delete(after.Records.Volumes, id)
+	}
+	for _, a := range p.Actions {
+		for _, old := range a.Replaces {
+			if a.Verb == Format {
+				delete(after.Records.Volumes, old)
+			}
+		}
+		if a.Device.Path == "" {
+			continue
+		}
+		dev := a.Device
+		if a.Verb.acts() {
+			v := a.Volume
+			if v.UUID == "" {
+				v.UUID = "new volume on " + dev.Path
+			}
+			if v.KeyID == "" {
+				v.KeyID = "new key"
+				after.Records.Keys[v.KeyID] = keycache.KeyRecord{ID: v.KeyID, KeyARN: testKey, InstanceID: f.InstanceID}
+			}
+			v.State, v.Identity, v.Class, v.Mapping = keycache.StateReady, dev.Identity, string(dev.Class), "luks-"+v.UUID
+			after.Records.Volumes[v.UUID] = v
+			dev = DeviceFacts{Device: open(dev.Device, v.UUID, v.MountPoint)}
+		}
+		after.Devices = append(after.Devices, dev)
+	}
+	return after
 }
 
 // checkSafe holds one action against the rules that no action may break.
@@ -476,6 +568,9 @@ func checkSafe(t *rapid.T, f Facts, a Action) {
 	boot := slices.ContainsFunc(d.Uses, func(u volumes.Use) bool { return u.Kind == volumes.UseSystem })
 	if a.Verb.acts() && a.Verb != Mount && (boot || d.ReadOnly || d.Err != nil) {
 		t.Fatalf("%s of a disk that is in use, read-only or unreadable: %+v", a.Verb, a)
+	}
+	if a.Verb.acts() && a.OpenAs == "" && d.Shared && d.Class == volumes.ClassEBS {
+		t.Fatalf("%s of a Multi-Attach volume: %+v", a.Verb, a)
 	}
 	if a.Verb != Format {
 		return

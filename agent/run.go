@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -34,8 +36,11 @@ func (n *Node) Plan(ctx context.Context) (Plan, error) {
 // Run brings the node to where its configuration wants it: blank volumes
 // formatted, ours open and mounted. The report has an outcome for each device; the
 // error is for what stopped the run as a whole.
+//
+// Volumes that somebody counts on and that are not there are waited for, up to
+// DeviceWait: a disk may be attached while the node boots. The others do not wait.
 func (n *Node) Run(ctx context.Context) (Report, error) {
-	return n.carryOut(ctx, nil)
+	return n.carryOut(ctx, nil, n.cfg.DeviceWait)
 }
 
 // Unlock opens and mounts volumes and never formats. The names are those of
@@ -61,11 +66,12 @@ func (n *Node) Unlock(ctx context.Context, names []string) (Report, error) {
 		}
 		p.Actions = kept
 		return p, nil
-	})
+	}, 0)
 }
 
-// carryOut is observe, decide, apply and write down.
-func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error)) (report Report, err error) {
+// carryOut is observe, decide, apply and write down; for volumes that come late it
+// is done again.
+func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error), wait time.Duration) (report Report, err error) {
 	report = Report{Started: n.now()}
 	defer func() {
 		if errors.Is(err, keycache.ErrLocked) {
@@ -83,24 +89,99 @@ func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error)) (r
 	}
 	defer release()
 	keys := newKeyring(ctx, n.cloud)
-	defer keys.wipe()
+	defer func() {
+		if werr := n.wipeKeys(keys.take()...); werr != nil {
+			n.log.Warn("keys may be in memory until the process ends", zap.Error(werr))
+		}
+		n.reached(stepWiped)
+	}()
 	systemd.Status("Looking at disks, records and identity")
-	facts, err := n.observe(ctx, store, keys)
+	seen, err := n.pass(ctx, store, keys, choose, &report)
+	deadline := n.now().Add(wait)
+	for err == nil && n.awaitDisk(ctx, report, seen, deadline) {
+		seen, err = n.pass(ctx, store, keys, choose, &report)
+	}
 	if err != nil {
 		return report, err
+	}
+	n.logOutcomes(report.missing())
+	return report, ctx.Err()
+}
+
+// pass observes, decides and applies what no earlier pass did, and adds its
+// outcomes to the report. It returns the disks that it saw.
+func (n *Node) pass(ctx context.Context, store *keycache.Store, keys *keyring, choose func(Plan) (Plan, error), report *Report) (seen string, err error) {
+	facts, err := n.observe(ctx, store, keys)
+	if err != nil {
+		return "", err
 	}
 	report.InstanceID = facts.InstanceID
 	plan := Decide(facts)
 	if choose != nil {
 		if plan, err = choose(plan); err != nil {
-			return report, err
+			return "", err
 		}
 	}
+	earlier := slices.DeleteFunc(report.Outcomes, func(o Outcome) bool { return o.Action.Missing })
+	plan.Actions = slices.DeleteFunc(plan.Actions, func(a Action) bool {
+		return slices.ContainsFunc(earlier, func(o Outcome) bool { return o.Action.sameSubject(a) })
+	})
 	n.logPlan(plan)
 	systemd.Status(fmt.Sprintf("Carrying out the plan for %d devices", len(plan.Actions)))
-	report.Outcomes = n.apply(ctx, store, facts, plan, keys)
-	n.logOutcomes(report)
-	return report, nil
+	outcomes := n.apply(ctx, store, facts, plan, keys)
+	n.logOutcomes(slices.DeleteFunc(slices.Clone(outcomes), func(o Outcome) bool { return o.Action.Missing }))
+	report.Outcomes = append(earlier, outcomes...)
+
+	var devices []volumes.Device
+	for _, d := range facts.Devices {
+		devices = append(devices, d.Device)
+	}
+	return fingerprint(devices), nil
+}
+
+// sameSubject says whether two actions of one run are about the same disk, or the
+// same record that cannot be read.
+func (a Action) sameSubject(b Action) bool {
+	return a.Device.Path == b.Device.Path && a.Device.DiskSeq == b.Device.DiskSeq && (a.Device.Path != "" || a.Reason == b.Reason)
+}
+
+// missing are the outcomes of volumes that are not there.
+func (r Report) missing() []Outcome {
+	return slices.DeleteFunc(slices.Clone(r.Outcomes), func(o Outcome) bool { return !o.Action.Missing })
+}
+
+// devicePoll is how often a run looks whether a missing volume came.
+const devicePoll = 500 * time.Millisecond
+
+// awaitDisk waits while volumes are missing until the disks or the links to them
+// are others than those that were seen, or until the deadline, when nothing came.
+func (n *Node) awaitDisk(ctx context.Context, report Report, seen string, deadline time.Time) (came bool) {
+	missing := report.missing()
+	left := deadline.Sub(n.now())
+	if len(missing) == 0 || left <= 0 {
+		return false
+	}
+	for _, o := range missing {
+		n.log.Warn("waiting for a disk", zap.String("missing", o.Action.Reason), zap.Duration("given_up_after", left))
+	}
+	systemd.Status("Waiting for a disk: " + missing[0].Action.Reason)
+	systemd.ExtendTimeout(left + time.Minute)
+	for ; n.now().Before(deadline) && ctx.Err() == nil; time.Sleep(min(devicePoll, max(0, deadline.Sub(n.now())))) {
+		// A scan that fails now is one of a moment at which disks come and go.
+		if now, err := n.disks.Scan(ctx, nil); err == nil && fingerprint(now.Devices) != seen {
+			return true
+		}
+	}
+	return false
+}
+
+// fingerprint is a text that differs where other disks or links are there.
+func fingerprint(devices []volumes.Device) string {
+	var b strings.Builder
+	for _, d := range devices {
+		fmt.Fprintln(&b, d.Name, d.DiskSeq, d.Size, d.Links)
+	}
+	return b.String()
 }
 
 func (n *Node) logPlan(p Plan) {
@@ -115,8 +196,8 @@ func (n *Node) logPlan(p Plan) {
 	}
 }
 
-func (n *Node) logOutcomes(r Report) {
-	for _, o := range r.Outcomes {
+func (n *Node) logOutcomes(outcomes []Outcome) {
+	for _, o := range outcomes {
 		if !o.Action.Verb.acts() && o.Err == nil {
 			continue
 		}

@@ -58,7 +58,7 @@ func newMachine(t *testing.T) *machine {
 	m.cfg = defaultConfig("config.yaml")
 	m.cfg.KMSKey, m.cfg.KMSEndpoint, m.cfg.IMDSEndpoint = m.kms.ARN(), m.kms.URL(), m.imds.URL()
 	m.cfg.Filesystem, m.cfg.StateDir = "ext4", filepath.Join(m.dir, "state")
-	m.cfg.RetryLimit, m.cfg.CallTimeout = 300*time.Millisecond, 300*time.Millisecond
+	m.cfg.RetryLimit, m.cfg.CallTimeout, m.cfg.DeviceWait = 300*time.Millisecond, 300*time.Millisecond, 0
 	if err := os.Mkdir(filepath.Join(m.dir, "mapper"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -103,6 +103,13 @@ func (m *machine) node() *Node {
 	}
 	n.disks, n.maps, n.statusPath = m, m, filepath.Join(m.dir, "run", "status.json")
 	n.mounts = func(context.Context) (mounter, error) { return m.mounter(), nil }
+	// Other tests use the memory of this process at the same time; it must not be searched for copies.
+	n.wipeKeys = func(keys ...*keycache.Key) error {
+		for _, k := range keys {
+			k.Wipe()
+		}
+		return nil
+	}
 	return n
 }
 

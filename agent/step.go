@@ -20,6 +20,7 @@ const (
 	stepAdoptedKey  step = "the key record of an adopted volume is durable"
 	stepAdopted     step = "the record of an adopted volume is durable"
 	stepRestored    step = "the primary header is restored"
+	stepWiped       step = "the keys are wiped"
 )
 
 // reached tells whoever listens that a step is done; only tests do.

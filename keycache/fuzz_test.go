@@ -215,5 +215,8 @@ func dated(t *testing.T, times ...time.Time) {
 		if at.IsZero() {
 			t.Error("a time is missing")
 		}
+		if _, offset := at.Zone(); offset != 0 {
+			t.Errorf("%v is local to some place", at)
+		}
 	}
 }

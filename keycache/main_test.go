@@ -37,6 +37,8 @@ func children() map[string]func(string) error {
 		"full":    childFull,
 		"cut":     childCut,
 		"proxy":   childProxy,
+		"copies":  childCopies,
+		"remains": childRemains,
 	}
 }
 
@@ -76,6 +78,9 @@ func childProtect(string) error {
 	return nil
 }
 
+// unheard is for those who do not care for whom a lock waits.
+func unheard(string) {}
+
 // childLock holds the lock of a store until its standard input ends.
 func childLock(dir string) error {
 	s, err := OpenStore(dir)
@@ -84,7 +89,7 @@ func childLock(dir string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	release, err := s.Lock(ctx)
+	release, err := s.Lock(ctx, unheard)
 	if err != nil {
 		return err
 	}

@@ -117,10 +117,8 @@ func (r *KeyRecord) validate() error {
 		return errors.New("instance_id is empty")
 	case r.Region == "":
 		return errors.New("region is empty")
-	case r.Created.IsZero():
-		return errors.New("created is missing")
 	}
-	return nil
+	return checkTime("created", r.Created)
 }
 
 // validate refuses a volume record that could not have been written by
@@ -147,10 +145,18 @@ func (r *VolumeRecord) validate() error {
 		return fmt.Errorf("mapping %q is not a name", r.Mapping)
 	case r.InstanceID == "":
 		return errors.New("instance_id is empty")
-	case r.Created.IsZero():
-		return errors.New("created is missing")
-	case r.Changed.IsZero():
-		return errors.New("changed is missing")
+	}
+	return errors.Join(checkTime("created", r.Created), checkTime("changed", r.Changed))
+}
+
+// checkTime wants UTC, as it is written: encoding/json reads zones that it cannot
+// write.
+func checkTime(field string, t time.Time) error {
+	if t.IsZero() {
+		return fmt.Errorf("%s is missing", field)
+	}
+	if _, offset := t.Zone(); offset != 0 {
+		return fmt.Errorf("%s is not in UTC", field)
 	}
 	return nil
 }

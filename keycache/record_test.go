@@ -174,6 +174,7 @@ func TestCorruptRecordsAreProblems(t *testing.T) {
 		"field twice":      {replace(`"version": 1`, `"version": 1, "version": 1`), `"version" is there twice`},
 		"no instance":      {drop("instance_id"), "instance_id is empty"},
 		"no time":          {drop("created"), "created is missing"},
+		"local time":       {set("created", "2026-01-02T03:04:05+02:00"), "created is not in UTC"},
 		"too large":        {func(_ *testing.T, d []byte) []byte { return append(d, bytes.Repeat([]byte{' '}, maxRecord)...) }, "larger than"},
 	}
 	keys := map[string]struct {

@@ -662,9 +662,10 @@ func (s *Store) syncDir(dir string) error {
 
 // Lock waits until this is the only agent that works with the store, or until
 // ctx ends: then the error wraps ErrLocked and ctx's error and names the
-// process that holds it. The kernel drops the lock if the process dies.
-// release may be called more than once.
-func (s *Store) Lock(ctx context.Context) (release func(), err error) {
+// process that holds it. waiting is told that process once, where there is one to
+// wait for. The kernel drops the lock if the process dies. release may be called
+// more than once.
+func (s *Store) Lock(ctx context.Context, waiting func(process string)) (release func(), err error) {
 	path := filepath.Join(s.dir, lockFile)
 	if err := s.writable(); err != nil {
 		return nil, err
@@ -673,7 +674,7 @@ func (s *Store) Lock(ctx context.Context) (release func(), err error) {
 	if err != nil {
 		return nil, storeError("lock", path, err)
 	}
-	for {
+	for told := false; ; {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			break
@@ -681,6 +682,10 @@ func (s *Store) Lock(ctx context.Context) (release func(), err error) {
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
 			_ = f.Close()
 			return nil, storeError("lock", path, err)
+		}
+		if !told {
+			waiting(lockHolder(f))
+			told = true
 		}
 		select {
 		case <-ctx.Done():

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -32,7 +33,7 @@ func TestOpenStoreMakesAPrivateDirectory(t *testing.T) {
 	if err := errors.Join(s.PutKey(k), s.PutVolume(goodVolume(k))); err != nil {
 		t.Fatal(err)
 	}
-	release, err := s.Lock(t.Context())
+	release, err := s.Lock(t.Context(), unheard)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +121,7 @@ func TestViewStoreWritesNothing(t *testing.T) {
 		t.Errorf("the view shows %+v", r)
 	}
 	for _, s := range []*Store{s, view} {
-		_, lockErr := s.Lock(t.Context())
+		_, lockErr := s.Lock(t.Context(), unheard)
 		for what, err := range map[string]error{
 			"PutKey": s.PutKey(goodKey()), "PutVolume": s.PutVolume(v), "Lock": lockErr,
 			"ArchiveVolume": s.ArchiveVolume(v.UUID, "x"), "Quarantine": s.Quarantine([]string{k.ID}, []string{v.UUID}, "x"),
@@ -554,7 +555,7 @@ func TestPowerCuts(t *testing.T) {
 						t.Errorf("cut %d: again: %v", at, err)
 					}
 				}
-				release, err := s.Lock(t.Context())
+				release, err := s.Lock(t.Context(), unheard)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -599,9 +600,13 @@ func TestLockBetweenProcesses(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	start := time.Now()
-	_, err = s.Lock(ctx)
+	var waitedFor []string
+	_, err = s.Lock(ctx, func(process string) { waitedFor = append(waitedFor, process) })
 	if !errors.Is(err, ErrLocked) || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), fmt.Sprintf("process %d", other.Process.Pid)) {
 		t.Errorf("Lock of a taken store: %v", err)
+	}
+	if want := fmt.Sprint(other.Process.Pid); !slices.Equal(waitedFor, []string{want}) {
+		t.Errorf("it told of waiting for %q, want %s once", waitedFor, want)
 	}
 	if d := time.Since(start); d < 100*time.Millisecond {
 		t.Errorf("it did not wait: %s", d)
@@ -614,17 +619,17 @@ func TestLockBetweenProcesses(t *testing.T) {
 	}()
 	ctx, cancel = context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
-	release, err := s.Lock(ctx)
+	release, err := s.Lock(ctx, unheard)
 	if err != nil {
 		t.Fatal(err)
 	}
 	again, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
-	if _, err := s.Lock(again); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("process %d", os.Getpid())) {
+	if _, err := s.Lock(again, unheard); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("process %d", os.Getpid())) {
 		t.Errorf("the same process twice: %v", err)
 	}
 	release()
-	release2, err := s.Lock(t.Context())
+	release2, err := s.Lock(t.Context(), unheard)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -637,7 +642,7 @@ func TestLockFollowsNoSymlink(t *testing.T) {
 	if err := errors.Join(os.WriteFile(victim, []byte("data"), 0o600), os.Symlink(victim, filepath.Join(s.dir, lockFile))); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Lock(t.Context()); !errors.Is(err, unix.ELOOP) {
+	if _, err := s.Lock(t.Context(), unheard); !errors.Is(err, unix.ELOOP) {
 		t.Errorf("Lock: %v", err)
 	}
 	if data, err := os.ReadFile(victim); err != nil || string(data) != "data" {

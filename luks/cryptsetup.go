@@ -116,7 +116,7 @@ func luksFormat(ctx context.Context, path string, o FormatOptions, sectorSize in
 		"--pbkdf", "pbkdf2", // the passphrase is a random key of 256 bits: argon2 would cost a second and 300 MB at each boot, and guard nothing
 		"--pbkdf-force-iterations", fmt.Sprint(minIterations), // for the same reason; also makes it not measure the machine
 		"--sector-size", fmt.Sprint(sectorSize), // else it depends on the device and the release
-		"--offset", fmt.Sprint(dataOffset/512), // in sectors of 512; else it depends on the device's optimal I/O size
+		"--offset", fmt.Sprint(DataOffset/512), // in sectors of 512; else it depends on the device's optimal I/O size
 		"--key-slot", "0", // the one that the token names
 		"--uuid", o.UUID, // preset: the caller's record has it before the header does
 		"--label", o.Label,

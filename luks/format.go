@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dataOffset is where the encrypted data starts, bytes. It is cryptsetup's default; asked for, because some devices move it.
-const dataOffset = 16 << 20
+// DataOffset is where the encrypted data starts in what Format makes, bytes. It is cryptsetup's default; asked for, because some devices move it.
+const DataOffset = 16 << 20
 
 // KeyslotsOffset is where the key slots start in what Format makes, bytes: behind two header copies of 16 KiB each, cryptsetup's
 // default. luksFormat fills the area from here to the data with noise before it writes a header.
@@ -90,7 +90,7 @@ func format(ctx context.Context, path string, o FormatOptions, k Key) error {
 	switch {
 	case done.SecondaryDamaged || done.PrimaryDamaged,
 		h.UUID != o.UUID, h.Label != o.Label, h.Subsystem != Subsystem,
-		h.SectorSize != sectorSize, h.Offset != dataOffset, len(h.Keyslots) != 1,
+		h.SectorSize != sectorSize, h.Offset != DataOffset, len(h.Keyslots) != 1,
 		h.Token.KeyARN != o.KeyARN, !bytes.Equal(h.Token.WrappedKey, o.WrappedKey):
 		return &HeaderError{path, []string{"it is not the header that was asked for"}}
 	}

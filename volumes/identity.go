@@ -53,16 +53,21 @@ func unitOf(name string) string {
 	return name
 }
 
-// Identify Controller (NVMe base specification, "Identify command"): opcode 06h, CNS 01h, 4096 bytes, of
-// which those from 3072 are the vendor's. EC2 keeps the mapping's name in the first 32.
+// Identify (NVMe base specification, "Identify command"): opcode 06h, 4096 bytes. Those of Identify Controller (CNS 01h)
+// from 3072 are the vendor's; EC2 keeps the mapping's name in the first 32. Byte 30 of Identify Namespace (CNS 00h) is
+// NMIC, whose bit 0 says that more than one controller may be attached to the namespace.
 const (
 	identifyOpcode     = 0x06
+	identifyNamespace  = 0x00
 	identifyController = 0x01
 	identifySize       = 4096
 	vendorOffset       = 3072
 	vendorLength       = 32
+	nmicOffset         = 30
+	nmicShared         = 1 << 0
 
 	nvmeAdminCmd = 0xc0484e41 // NVME_IOCTL_ADMIN_CMD, _IOWR('N', 0x41, 72 bytes), linux/nvme_ioctl.h
+	nvmeID       = 0x4e40     // NVME_IOCTL_ID, _IO('N', 0x40): the namespace's number
 )
 
 // adminCmd is struct nvme_passthru_cmd of linux/nvme_ioctl.h.
@@ -77,26 +82,40 @@ type adminCmd struct {
 	timeoutMilliseconds, done uint32
 }
 
-// mappingName asks the controller for the block device mapping's name. It is for people to read, and
-// needs CAP_SYS_ADMIN: any failure gives "".
-func mappingName(path string) string {
+// askNVMe asks a disk's controller for what only it tells. Both facts are hints, and need CAP_SYS_ADMIN: whatever fails
+// leaves name "" and shared false.
+func askNVMe(path string) (name string, shared bool) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return ""
+		return "", false
 	}
 	defer f.Close()
+	name = parseMappingName(identify(f, identifyController, 0))
+	if number, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), nvmeID, 0); errno == 0 {
+		shared = parseShared(identify(f, identifyNamespace, uint32(number)))
+	}
+	return name, shared
+}
+
+// identify returns the answer to one Identify command, or nil.
+func identify(f *os.File, cns, namespace uint32) []byte {
 	data := make([]byte, identifySize)
 	var pin runtime.Pinner // the command carries the address as a number, which keeps nothing alive
 	pin.Pin(&data[0])
 	defer pin.Unpin()
 	cmd := adminCmd{
-		opcode: identifyOpcode, cdw10: identifyController, timeoutMilliseconds: 2000,
+		opcode: identifyOpcode, nsid: namespace, cdw10: cns, timeoutMilliseconds: 2000,
 		addr: uint64(uintptr(unsafe.Pointer(&data[0]))), length: identifySize,
 	}
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), nvmeAdminCmd, uintptr(unsafe.Pointer(&cmd))); errno != 0 {
-		return ""
+		return nil
 	}
-	return parseMappingName(data)
+	return data
+}
+
+// parseShared reads out of Identify Namespace data whether several controllers may be attached.
+func parseShared(identify []byte) bool {
+	return len(identify) > nmicOffset && identify[nmicOffset]&nmicShared != 0
 }
 
 // parseMappingName reads the name out of Identify Controller data: padded with blanks or zeros, with or

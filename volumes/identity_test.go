@@ -45,12 +45,25 @@ func TestAdminCommandLayout(t *testing.T) {
 	}
 }
 
-func TestNoControllerNoName(t *testing.T) {
+func TestParseShared(t *testing.T) {
+	for nmic, want := range map[byte]bool{0: false, 1: true, 0xfe: false, 0xff: true} {
+		data := make([]byte, identifySize)
+		data[nmicOffset-1], data[nmicOffset], data[nmicOffset+1] = 0xff, nmic, 0xff
+		if got := parseShared(data); got != want {
+			t.Errorf("NMIC %#x: shared %v, want %v", nmic, got, want)
+		}
+	}
+	if parseShared(nil) {
+		t.Error("no answer: shared")
+	}
+}
+
+func TestNoControllerNoHints(t *testing.T) {
 	tr := newTree(t)
 	tr.write("dev/nvme1n1", "")
 	for _, path := range []string{tr.root + "/dev/nvme1n1", tr.root + "/dev/absent"} {
-		if got := mappingName(path); got != "" {
-			t.Errorf("%s: name %q", path, got)
+		if name, shared := askNVMe(path); name != "" || shared {
+			t.Errorf("%s: name %q, shared %v", path, name, shared)
 		}
 	}
 }

@@ -69,6 +69,15 @@ func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error
 	return nil
 }
 
+// LeastSize is the smallest device, in bytes, that [MakeFilesystem] can make a filesystem on: mkfs.xfs refuses less than
+// 300 MiB since xfsprogs 5.19, and mkfs.ext4 makes no journal on less than 2 MiB.
+func LeastSize(fstype string) int64 {
+	if fstype == "xfs" {
+		return 300 << 20
+	}
+	return 2 << 20
+}
+
 // CheckMakeFilesystem tells whether [MakeFilesystem] has the programs it needs, by ErrNoProgram if not.
 func CheckMakeFilesystem(fstype string) error {
 	for _, name := range []string{"blkid", "mkfs." + fstype} {

@@ -64,6 +64,9 @@ type Device struct {
 	Identity string
 	// EC2Name is the block device mapping's name ("sdf") that the NVMe controller tells, or "".
 	EC2Name string
+	// Shared says that the NVMe namespace may be attached to several controllers, as a Multi-Attach EBS volume is. It is a
+	// hint: targets other than EC2's may say it of any namespace.
+	Shared bool
 	// Named is the configured name that this device matched. A named EC2 volume keeps its EC2 class.
 	Named string
 	Links []string // links in /dev and /dev/disk/by-* that resolve to it
@@ -180,7 +183,7 @@ func (t *table) device(n *node, ephemeral []string) (Device, error) {
 	}
 	classify(&d, ephemeral)
 	if d.Class != "" && strings.HasPrefix(d.Name, "nvme") {
-		d.EC2Name = mappingName(t.root + d.Path)
+		d.EC2Name, d.Shared = askNVMe(t.root + d.Path)
 	}
 	for _, above := range t.above[n.name] {
 		if dm := t.nodes[above]; dm != nil && dm.dm {

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
+	"strings"
 	"syscall"
 
 	"github.com/luks-kms-agent/luks-kms-agent/agent"
@@ -90,6 +93,8 @@ func exitCode(err error) int {
 			return exitUsage
 		}
 		return exitKMSDenied
+	case errors.Is(err, keycache.ErrOtherKey):
+		return exitKMSDenied
 	case errors.Is(err, keycache.ErrLocked):
 		return exitUnavailable
 	case errors.As(err, &header), errors.Is(err, luks.ErrWrongKey):
@@ -131,6 +136,8 @@ func hint(err error) string {
 		return refusedHint(refused)
 	case errors.As(err, &kms):
 		return kmsHint(kms)
+	case errors.Is(err, keycache.ErrOtherKey):
+		return notKMS
 	case errors.Is(err, keycache.ErrLocked):
 		return "Another luks-kms-agent is at work; wait for it (`systemctl status luks-kms-agent`) and try again."
 	case errors.Is(err, luks.ErrNoCryptsetup):
@@ -169,6 +176,8 @@ func refusedHint(e *agent.RefusedError) string {
 		return "Do not use the volume. Restore its LUKS header from a backup, or find out who could write to the disk; see docs/troubleshooting.md."
 	case agent.RefusedRecord:
 		return "Look at the record; put back a good copy, or move it to the archive directory beside it: a volume with our token is then adopted."
+	case agent.RefusedShared:
+		return "Add it to `exclude:`; or, if no other instance ever has it attached, set `multi_attach: allow`. Nothing was written to it."
 	case agent.RefusedDevice:
 		return "Attach the disk again, or take it out of the configuration; `luks-kms-agent plan` shows what is there."
 	}
@@ -193,12 +202,44 @@ func kmsHint(e *keycache.Error) string {
 		return "KMS does not take the wrapped key: the record was damaged, or made under another key. Restore the record from a backup."
 	case keycache.ReasonInvalid:
 		return "Correct kms_key: a key ARN, a key id, alias/NAME or an alias ARN."
+	case keycache.ReasonAnswer:
+		return notKMS
 	case keycache.ReasonIMDS:
-		return "IMDSv2 must be on for the instance, with a hop limit that reaches this host (1; 2 from containers). The service tries again by itself."
+		return "IMDSv2 must be on for the instance, with a hop limit that reaches this host (1; 2 from containers). " + triesAgain
 	case keycache.ReasonNoCredentials:
-		return "Attach an instance profile whose role may use the key. The service tries again by itself."
+		if e.RequestID != "" {
+			return "KMS does not accept the role's credentials: was the role deleted, or made just now? " + triesAgain
+		}
+		return "Attach an instance profile whose role may use the key. " + triesAgain
+	case keycache.ReasonClock:
+		return "Set the node's clock (chrony or systemd-timesyncd; EC2's time service is 169.254.169.123). " + triesAgain
 	case keycache.ReasonUnavailable:
-		return "Check the route, DNS and security groups to KMS (or its VPC endpoint). The service tries again by itself."
+		return unavailableHint(e) + " " + triesAgain
 	}
 	return ""
+}
+
+// notKMS is the hint for answers that KMS does not give.
+const notKMS = "What answers is not KMS, or not for the key that was asked for: check kms_endpoint, DNS and what lies between. No volume was touched."
+
+// triesAgain ends the hint of what may pass.
+const triesAgain = "The service tries again by itself."
+
+func unavailableHint(e *keycache.Error) string {
+	var (
+		certificate *tls.CertificateVerificationError
+		dns         *net.DNSError
+	)
+	switch {
+	case errors.As(e, &certificate):
+		return "The certificate of KMS's endpoint is not one that this node trusts: install ca-certificates, set the clock, " +
+			"or find out who answers in KMS's place."
+	case errors.As(e, &dns):
+		return "The name of KMS's endpoint cannot be resolved: check DNS (/etc/resolv.conf), or the VPC endpoint's private DNS."
+	case strings.Contains(e.Code, "Throttl"), strings.Contains(e.Code, "LimitExceeded"), e.Code == "TooManyRequestsException":
+		return "The account's request quota for KMS is used up: see Service Quotas, and what else calls KMS."
+	case e.Code != "":
+		return "KMS answers, but cannot serve the call now: see AWS Health and, for a key in a custom key store, the state of the store."
+	}
+	return "Check the route, DNS and security groups to KMS (or its VPC endpoint)."
 }

@@ -40,6 +40,9 @@ var owners = map[string]string{
 	"github.com/spf13/cobra":       "cmd",
 }
 
+// Packages for tests, which are not to be linked into the program.
+var testKits = []string{"kmstest", "lukstest"}
+
 // Names under which anything could be put.
 var shapeless = []string{"util", "utils", "common", "helper", "helpers", "misc", "types", "shared", "base", "lib", "internal"}
 
@@ -87,6 +90,9 @@ func judge(tree fs.FS) ([]string, error) {
 				return err
 			}
 			judgeImport(room, p, func(format string, args ...any) { say(imp.Pos(), format, args...) })
+			if strings.HasPrefix(p, module) && slices.Contains(testKits, path.Base(p)) && !isTest && room != "test" {
+				say(imp.Pos(), "only tests may import %s", p)
+			}
 		}
 		ast.Inspect(file, func(n ast.Node) bool {
 			switch n := n.(type) {
@@ -160,6 +166,8 @@ func TestLayoutSeesWhatIsWrong(t *testing.T) {
 		{"cmd/x/a.go", `import _ "github.com/anatol/devmapper.go"`, "only luks may import"},
 		{"volumes/a.go", `import _ "github.com/godbus/dbus/v5"`, "only systemd may import"},
 		{"agent/a.go", `import _ "github.com/spf13/cobra"`, "only cmd may import"},
+		{"agent/a.go", `import _ "` + module + `keycache/kmstest"`, "only tests may import"},
+		{"luks/a.go", `import _ "` + module + `luks/lukstest"`, "only tests may import"},
 		{"agent/a.go", `const c = "/usr/sbin/cryptsetup"`, "only luks runs cryptsetup"},
 		{"volumes/a.go", `func init() {}`, "init() runs"},
 		{"luks/util/a.go", ``, "is named after nothing"},
@@ -173,12 +181,13 @@ func TestLayoutSeesWhatIsWrong(t *testing.T) {
 		t.Errorf("without a package comment: got %q (%v)", wrong, err)
 	}
 	for file, text := range map[string]string{
-		"luks/a.go":      `import _ "github.com/anatol/luks.go"` + "\n" + `const c = "cryptsetup"`,
-		"keycache/a.go":  `import _ "github.com/aws/aws-sdk-go-v2/service/kms"`,
-		"agent/a.go":     `import _ "` + module + `systemd"`,
-		"cmd/x/a.go":     `import _ "` + module + `agent"` + "\n" + `const c = "install the package cryptsetup"`,
-		"luks/b/a.go":    `import _ "` + module + `luks"`,
-		"test/vm/x/a.go": `import _ "github.com/aws/aws-sdk-go-v2/service/kms"`,
+		"luks/a.go":       `import _ "github.com/anatol/luks.go"` + "\n" + `const c = "cryptsetup"`,
+		"keycache/a.go":   `import _ "github.com/aws/aws-sdk-go-v2/service/kms"`,
+		"agent/a.go":      `import _ "` + module + `systemd"`,
+		"cmd/x/a.go":      `import _ "` + module + `agent"` + "\n" + `const c = "install the package cryptsetup"`,
+		"luks/b/a.go":     `import _ "` + module + `luks"`,
+		"test/vm/x/a.go":  `import _ "github.com/aws/aws-sdk-go-v2/service/kms"` + "\n" + `import _ "` + module + `luks/lukstest"`,
+		"agent/a_test.go": `import _ "` + module + `keycache/kmstest"`,
 	} {
 		if wrong, err := judge(oneFile(file, "// Package a is documented.\npackage a\n"+text)); err != nil || len(wrong) != 0 {
 			t.Errorf("%s with %s: got %q (%v), want nothing", file, text, wrong, err)

@@ -156,6 +156,9 @@ func (a *applier) do(ctx context.Context, act *Action) error {
 	case Adopt:
 		return a.adopt(ctx, act)
 	case Mount:
+		if err := a.maps.Announce(act.OpenAs); err != nil {
+			return err
+		}
 		return a.mount(ctx, *act, act.OpenAs)
 	case Refuse:
 		return &RefusedError{Refusal: act.Refusal, Device: act.Device.Path, Reason: act.Reason}
@@ -278,13 +281,13 @@ func (a *applier) stillMayFormat(ctx context.Context, act Action, key *keycache.
 		return changed("it holds " + describeKind(header.Kind))
 	case header.Header != nil && header.Header.UUID != act.Volume.UUID:
 		return changed("it holds LUKS volume " + header.Header.UUID)
-	case header.Kind != luks.KindLUKS2 || !header.Pass() || header.Verify(key) != nil || act.OpenAs != "":
+	case header.Kind != luks.KindLUKS2 || !header.Pass() || act.OpenAs != "":
 		// Torn, without key slots or without token: luksFormat was cut. Nothing
 		// can have been written into a volume that never opened.
 		return nil
 	}
-	// luksFormat was finished. It may be formatted again only where nothing but
-	// our own mkfs wrote into it.
+	// The token is there, so luksFormat was finished. It may be formatted again only
+	// where the key opens it and nothing but our own mkfs wrote into it.
 	if err := a.maps.Open(ctx, header, key, a.openOptions(act)); err != nil {
 		return err
 	}
@@ -298,8 +301,16 @@ func (a *applier) formattedByUs(ctx context.Context, act Action, mapping string)
 	if err != nil {
 		return err
 	}
-	if content.Type == "" || content.UUID == act.Volume.UUID {
+	if content.Type == "" {
 		return nil
+	}
+	if content.UUID == act.Volume.UUID {
+		mounted, err := volumes.EverMounted(a.maps.Path(mapping), content.Type)
+		if err != nil || !mounted {
+			return err
+		}
+		return &RefusedError{Refusal: RefusedRecord, Device: act.Device.Path,
+			Reason: fmt.Sprintf("volume %s is recorded as being formatted, but its filesystem was mounted since: the record is older than the volume", act.Volume.UUID)}
 	}
 	return &RefusedError{Refusal: RefusedContent, Device: act.Device.Path,
 		Reason: fmt.Sprintf("volume %s is recorded as being formatted, but it holds %s", act.Volume.UUID, content.Detail)}

@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -190,6 +192,8 @@ func (r release) Close() error { r(); return nil }
 func (m *machine) Check(d volumes.Device) error { return m.fail("check", d.Identity) }
 
 func (m *machine) Ready() error { return m.fail("kernel", "") }
+
+func (m *machine) Announce(name string) error { return m.fail("announce", name) }
 
 func (m *machine) Path(name string) string { return filepath.Join(m.dir, "mapper", name) }
 
@@ -612,6 +616,109 @@ func TestResumeLooksInsideFirst(t *testing.T) {
 	}
 	m.untouched(before)
 }
+
+// TestAnotherDiskAtTheSamePathIsNotOpened: a disk that is not the one that was seen any more is neither opened nor recorded.
+func TestAnotherDiskAtTheSamePathIsNotOpened(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.disk(volumes.ClassEBS, "vol-2")
+	m.runOK()
+	m.reboot()
+	m.fail = failing("check", "vol-1")
+	if errs := m.run().Failures(); len(errs) != 1 || len(m.open) != 1 || len(m.mounts) != 1 {
+		t.Errorf("%v; open: %v, mounted: %v", errs, m.open, m.mounts)
+	}
+}
+
+// TestOpenVolumeIsMountedLater: where a mount failed, the volume stays open, and the next run lets systemd look at it again
+// before it mounts it.
+func TestOpenVolumeIsMountedLater(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.reboot()
+	m.fail = failing("mount", "/mnt")
+	if errs := m.run().Failures(); len(errs) != 1 || len(m.open) != 1 {
+		t.Fatalf("%v; open: %v", errs, m.open)
+	}
+	var steps []string
+	m.fail = func(step, _ string) error {
+		steps = append(steps, step)
+		return nil
+	}
+	m.runOK()
+	if !slices.Equal(steps, []string{"announce", "mount"}) || len(m.mounts) != 1 {
+		t.Errorf("steps %q, mounts %v", steps, m.mounts)
+	}
+}
+
+// TestRecordOlderThanItsVolume: a boot volume restored to a state before `ready` speaks of a volume as being formatted that has
+// been in use since, or that has got another key. Nothing of it is formatted; without the record it is adopted.
+func TestRecordOlderThanItsVolume(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	var v keycache.VolumeRecord
+	for _, v = range m.records().Volumes {
+	}
+	record := filepath.Join(m.cfg.StateDir, "volumes", v.UUID+".json")
+	rewind := func() {
+		t.Helper()
+		v.State = keycache.StateFormatting
+		data, err := json.Marshal(v)
+		if err == nil {
+			err = os.WriteFile(record, data, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := func(want string) {
+		t.Helper()
+		before := m.sums()
+		r := m.run()
+		if errs := r.Failures(); len(errs) != 1 || !strings.Contains(errs[0].Error(), want) {
+			t.Errorf("got %v, want %q", errs, want)
+		}
+		m.untouched(before)
+	}
+	// The kernel notes a mount in the superblock.
+	plain := m.plain("vol-1")
+	m.write(volumes.Device{Path: plain}, 1024+52, []byte{1})
+	m.reboot()
+	rewind()
+	refused("the record is older than the volume")
+
+	// Its header under another key, all of it well made.
+	head := make([]byte, luks.DataOffset)
+	if f, err := os.Open(d.Path); err != nil {
+		t.Fatal(err)
+	} else if _, err = io.ReadFull(f, head); err != nil {
+		t.Fatal(err)
+	}
+	m.write(d, 0, make([]byte, luks.DataOffset))
+	var k keycache.KeyRecord
+	for _, k = range m.records().Keys {
+	}
+	if err := luks.Format(t.Context(), d.Path, luks.FormatOptions{UUID: v.UUID, KeyARN: k.KeyARN, WrappedKey: k.WrappedKey}, otherKey{}); err != nil {
+		t.Fatal(err)
+	}
+	refused("the key does not open the volume")
+	m.write(d, 0, head)
+
+	if err := os.Remove(record); err != nil {
+		t.Fatal(err)
+	}
+	if r := m.runOK(); len(r.Outcomes) != 1 || r.Outcomes[0].Action.Verb != Adopt {
+		t.Errorf("outcomes %v, want an adoption", r.Outcomes)
+	}
+}
+
+// otherKey is a data key that KMS never made.
+type otherKey struct{}
+
+func (otherKey) Bytes() []byte        { return bytes.Repeat([]byte{7}, 32) }
+func (k otherKey) Passphrase() []byte { return base64.StdEncoding.AppendEncode(nil, k.Bytes()) }
 
 func TestReadyVolumeIsNeverFormatted(t *testing.T) {
 	m := newMachine(t)

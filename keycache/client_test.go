@@ -3,18 +3,23 @@ package keycache
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"reflect"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -206,7 +211,7 @@ func TestDecryptTrustsNoAnswer(t *testing.T) {
 		rewrite func(map[string]any)
 		reason  Reason
 	}{
-		"another key": {set("KeyId", other), ReasonCiphertext},
+		"another key": {set("KeyId", other), ReasonAnswer},
 		"no key id":   {set("KeyId", nil), ReasonUnavailable},
 		"31 bytes":    {set("Plaintext", make([]byte, 31)), ReasonCiphertext},
 		"33 bytes":    {set("Plaintext", make([]byte, 33)), ReasonCiphertext},
@@ -226,12 +231,13 @@ func TestDecryptTrustsNoAnswer(t *testing.T) {
 		rewrite func(map[string]any)
 		reason  Reason
 	}{
-		"another key":  {set("KeyId", other), ReasonInvalid},
-		"alias":        {set("KeyId", strings.Replace(other, ":key/", ":alias/", 1)), ReasonInvalid},
+		"another key":  {set("KeyId", other), ReasonAnswer},
+		"alias":        {set("KeyId", strings.Replace(other, ":key/", ":alias/", 1)), ReasonAnswer},
 		"no wrapped":   {set("CiphertextBlob", nil), ReasonUnavailable},
 		"no plaintext": {set("Plaintext", nil), ReasonUnavailable},
-		"short":        {set("Plaintext", make([]byte, 16)), ReasonInvalid},
-		"huge wrapped": {set("CiphertextBlob", make([]byte, maxWrapped+1)), ReasonInvalid},
+		"short":        {set("Plaintext", make([]byte, 16)), ReasonAnswer},
+		"long":         {set("Plaintext", make([]byte, 33)), ReasonAnswer},
+		"huge wrapped": {set("CiphertextBlob", make([]byte, maxWrapped+1)), ReasonAnswer},
 		"empty answer": {func(m map[string]any) { clear(m) }, ReasonUnavailable},
 	} {
 		t.Run("generate "+name, func(t *testing.T) {
@@ -305,13 +311,24 @@ func TestErrorCodes(t *testing.T) {
 		"KMSInvalidStateException": ReasonKeyState, "InvalidKeyUsageException": ReasonAsymmetric, "IncorrectKeyException": ReasonCiphertext,
 		"InvalidCiphertextException": ReasonCiphertext, "InvalidArnException": ReasonInvalid, "ValidationException": ReasonInvalid,
 		"InvalidGrantTokenException": ReasonInvalid, "SomethingNewException": ReasonInvalid,
+		"AccessDenied": ReasonDenied, "OptInRequired": ReasonDenied, "UnsupportedOperationException": ReasonInvalid,
 	}
 	passing := map[string]Reason{
 		"ThrottlingException": ReasonUnavailable, "Throttling": ReasonUnavailable, "LimitExceededException": ReasonUnavailable,
 		"TooManyRequestsException": ReasonUnavailable, "RequestLimitExceeded": ReasonUnavailable,
 		"KMSInternalException": ReasonUnavailable, "KeyUnavailableException": ReasonUnavailable, "DependencyTimeoutException": ReasonUnavailable,
-		"InternalFailure": ReasonUnavailable, "ServiceUnavailable": ReasonUnavailable,
-		"ExpiredTokenException": ReasonNoCredentials, "UnrecognizedClientException": ReasonNoCredentials, "InvalidSignatureException": ReasonNoCredentials,
+		"InternalFailure": ReasonUnavailable, "InternalServerError": ReasonUnavailable,
+		"ServiceUnavailable": ReasonUnavailable, "ServiceUnavailableException": ReasonUnavailable, "ThrottledException": ReasonUnavailable,
+		"ExpiredTokenException": ReasonNoCredentials, "ExpiredToken": ReasonNoCredentials, "UnrecognizedClientException": ReasonNoCredentials,
+		"InvalidClientTokenId": ReasonNoCredentials, "InvalidSignatureException": ReasonNoCredentials, "SignatureDoesNotMatch": ReasonNoCredentials,
+		"IncompleteSignature": ReasonNoCredentials, "IncompleteSignatureException": ReasonNoCredentials,
+		"MissingAuthenticationToken": ReasonNoCredentials, "MissingAuthenticationTokenException": ReasonNoCredentials,
+		"RequestExpired": ReasonClock, "RequestTimeTooSkewed": ReasonClock,
+	}
+	for code := range reasons {
+		if final[code] == "" && passing[code] == "" {
+			t.Errorf("%s is not tested", code)
+		}
 	}
 	n := newNode(t)
 	_, r := n.generate(t)
@@ -363,8 +380,8 @@ func TestBrokenAnswers(t *testing.T) {
 		"200 nothing": {kmstest.Fault{Status: 200}, ReasonUnavailable, true},
 		"200 null":    {kmstest.Fault{Status: 200, Body: "null"}, ReasonUnavailable, true},
 		"connection":  {kmstest.Fault{Cut: true}, ReasonUnavailable, true},
-		"403 html":    {kmstest.Fault{Status: 403, Body: html}, ReasonDenied, false},
-		"404 html":    {kmstest.Fault{Status: 404, Body: html}, ReasonInvalid, false},
+		"403 html":    {kmstest.Fault{Status: 403, Body: html}, ReasonAnswer, false},
+		"404 html":    {kmstest.Fault{Status: 404, Body: html}, ReasonAnswer, false},
 		"unfinished":  {kmstest.Fault{Status: 200, Body: `{"KeyId": "x`, Header: http.Header{"Content-Length": {"500"}}}, ReasonUnavailable, true},
 	}
 	for name, c := range cases {
@@ -387,6 +404,86 @@ func TestBrokenAnswers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestNotReached: what keeps a node from KMS before KMS could answer.
+func TestNotReached(t *testing.T) {
+	var handshakes atomic.Int32
+	unknown := httptest.NewUnstartedServer(http.NotFoundHandler())
+	unknown.Config.ErrorLog = log.New(io.Discard, "", 0)
+	unknown.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			handshakes.Add(1)
+		}
+	}
+	unknown.StartTLS()
+	defer unknown.Close()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody := "http://" + l.Addr().String()
+	_ = l.Close()
+	for _, c := range []struct {
+		what, endpoint string
+		is             func(error) bool
+	}{
+		{"a certificate of an unknown CA", unknown.URL, func(err error) bool {
+			var certificate *tls.CertificateVerificationError
+			return errors.As(err, &certificate)
+		}},
+		{"nobody listens", nobody, func(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }},
+	} {
+		n := newNode(t, func(o *Options) { o.KMSEndpoint, o.RetryLimit = c.endpoint, 5*time.Second })
+		_, err := n.Decrypt(t.Context(), KeyRecord{KeyARN: n.kms.ARN(), WrappedKey: []byte("x")})
+		e := expect(t, err, ReasonUnavailable, "")
+		if !e.Retryable() || !c.is(err) || strings.Contains(err.Error(), "StatusCode") {
+			t.Errorf("%s: %v", c.what, err)
+		}
+		if calls := n.Client.Calls(); calls.Retries == 0 || time.Duration(n.elapsed.Load()) != 5*time.Second {
+			t.Errorf("%s: %+v in %s", c.what, calls, time.Duration(n.elapsed.Load()))
+		}
+	}
+	if handshakes.Load() < 2 {
+		t.Errorf("%d connections to the server with the unknown CA", handshakes.Load())
+	}
+}
+
+// TestClockSkew: signatures of a node whose clock is wrong are refused once;
+// from then on they are made by KMS's clock.
+func TestClockSkew(t *testing.T) {
+	for _, ahead := range []time.Duration{time.Hour, -time.Hour, 6 * time.Minute} {
+		n := newNode(t)
+		n.kms.SetClock(ahead)
+		n.generate(t)
+		if len(n.retries) != 1 {
+			t.Fatalf("KMS %s ahead: %d retries", ahead, len(n.retries))
+		}
+		if e := expect(t, n.retries[0].Err, ReasonClock, "InvalidSignatureException"); !e.Retryable() {
+			t.Errorf("KMS %s ahead: final", ahead)
+		}
+		n.generate(t)
+		if c := n.Client.Calls(); c.GenerateDataKey != 3 || c.Retries != 1 {
+			t.Errorf("KMS %s ahead: calls %+v", ahead, c)
+		}
+		// The clock is set: the next answer tells, and it goes on.
+		n.kms.SetClock(0)
+		n.generate(t)
+		if c := n.Client.Calls(); c.GenerateDataKey != 5 || c.Retries != 2 {
+			t.Errorf("KMS %s ahead, then not: calls %+v", ahead, c)
+		}
+	}
+	// A permission that is denied under a bad signature is no judgement; under a good one it is.
+	n := newNode(t)
+	n.kms.SetClock(time.Hour)
+	n.kms.Deny("GenerateDataKey")
+	n.kms.Fail(kmstest.Fault{Code: "AccessDeniedException", Times: 1})
+	_, _, err := n.Generate(t.Context())
+	expect(t, err, ReasonDenied, "AccessDeniedException")
+	if len(n.retries) != 1 {
+		t.Fatalf("%d retries", len(n.retries))
+	}
+	expect(t, n.retries[0].Err, ReasonClock, "AccessDeniedException")
 }
 
 // An answer that cannot be decoded has a key in it all the same.
@@ -470,10 +567,73 @@ func TestDeadlineOfEveryCall(t *testing.T) {
 			if !errors.Is(err, context.DeadlineExceeded) || !e.Retryable() {
 				t.Errorf("error %v", err)
 			}
+			if strings.HasPrefix(name, "KMS") && !strings.Contains(err.Error(), "deadline exceeded while ") {
+				t.Errorf("it does not say what was waited for: %v", err)
+			}
 			if d := time.Since(start); d < timeout/2 || d > 10*timeout {
 				t.Errorf("it took %s", d)
 			}
 		})
+	}
+}
+
+// TestPersistentFaultsEndInTime: attempts are made to the limit, and what is under way then has its deadline.
+func TestPersistentFaultsEndInTime(t *testing.T) {
+	const timeout, limit, slack = 300 * time.Millisecond, 2 * time.Second, 5 * time.Second
+	for name, fault := range map[string]kmstest.Fault{
+		"throttled": {Code: "ThrottlingException"}, "dropped": {Cut: true}, "hangs": {Hang: true}, "slow": {Delay: 2 * timeout, Code: "ThrottlingException"},
+		"expired credentials": {Code: "ExpiredTokenException"}, "clock": {Code: "RequestExpired"}, "503 of a load balancer": {Status: 503, Body: "<html>"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t)
+			_, r := n.generate(t)
+			n.clock, n.timeout, n.limit = realClock(), timeout, limit
+			n.kms.Fail(fault)
+			start := time.Now()
+			_, err := n.Decrypt(t.Context(), r)
+			var e *Error
+			if took := time.Since(start); !errors.As(err, &e) || !e.Retryable() || took < limit || took > limit+timeout+slack {
+				t.Errorf("%v after %s", err, took)
+			}
+			if c := n.Client.Calls(); c.Decrypt < 2 || c.Retries != c.Decrypt-1 {
+				t.Errorf("calls %+v", c)
+			}
+		})
+	}
+}
+
+// TestLateIsExplained: an attempt that ran out of time tells how far it came.
+func TestLateIsExplained(t *testing.T) {
+	for want, hook := range map[string]func(*httptrace.ClientTrace){
+		"lookup kms.example: no answer": func(c *httptrace.ClientTrace) { c.DNSStart(httptrace.DNSStartInfo{Host: "kms.example"}) },
+		"while connecting to 192.0.2.1:443": func(c *httptrace.ClientTrace) {
+			c.DNSStart(httptrace.DNSStartInfo{Host: "kms.example"})
+			c.ConnectStart("tcp", "192.0.2.1:443")
+		},
+		"while agreeing on TLS":        func(c *httptrace.ClientTrace) { c.TLSHandshakeStart() },
+		"while waiting for the answer": func(c *httptrace.ClientTrace) { c.GotConn(httptrace.GotConnInfo{}) },
+		"while reading the answer":     func(c *httptrace.ClientTrace) { c.GotFirstResponseByte() },
+	} {
+		ctx, tr := withTrace(t.Context())
+		r, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://kms.example", http.NoBody)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := tr.late(context.DeadlineExceeded); got != context.DeadlineExceeded {
+			t.Errorf("before a request: %v", got)
+		}
+		_, err = tracer{httpClient(roundTripper(func(r *http.Request) (*http.Response, error) {
+			hook(httptrace.ContextClientTrace(r.Context()))
+			return nil, context.DeadlineExceeded
+		}))}.Do(r)
+		var dns *net.DNSError
+		if got := tr.late(err); !errors.Is(got, context.DeadlineExceeded) || !strings.Contains(got.Error(), want) || errors.As(got, &dns) != strings.Contains(want, "lookup") {
+			t.Errorf("%v, want %q", got, want)
+		}
+		if other := errors.New("refused"); tr.late(other) != other {
+			t.Error("another error was changed")
+		}
 	}
 }
 

@@ -15,10 +15,10 @@
 // "aws kms decrypt --query Plaintext --output text" prints. A [Key] lives in
 // its own locked mapping outside the Go heap and prints as [key] everywhere.
 //
-// What cannot be promised: the AWS SDK decodes KMS's answer on the Go heap and
-// only the decoded bytes can be wiped afterwards; the JSON text that they came
-// from is left to the garbage collector. That is why the agent is a
-// short-lived process that calls [ProtectMemory] first.
+// While a key is used there are copies of it that nobody can reach to wipe: the
+// JSON text of KMS's answer, TLS's buffers, what hashes keep. [ProtectMemory],
+// called first, keeps them where they are, and [WipeAll], at the end, searches
+// memory for them and overwrites them.
 //
 // # KMS and credentials
 //

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/smithy-go"
@@ -16,7 +17,7 @@ import (
 // Reason says what is wrong, as far as a caller can act on it.
 type Reason string
 
-// The reasons. The first nine are final; the last three may pass.
+// The reasons. The first nine are final; the last four may pass.
 const (
 	ReasonDenied      Reason = "denied"       // the role or the key policy does not allow the call
 	ReasonNotFound    Reason = "not-found"    // no such key in this account and region
@@ -26,10 +27,12 @@ const (
 	ReasonWrongRegion Reason = "wrong-region" // the key's ARN names another region than the one called
 	ReasonCiphertext  Reason = "ciphertext"   // the wrapped key is not one that this KMS key opens
 	ReasonInvalid     Reason = "invalid"      // an option or request is malformed
+	ReasonAnswer      Reason = "answer"       // what answered is not KMS, or answered for another key than was asked for
 
 	ReasonUnavailable   Reason = "unavailable"    // no answer from KMS, 5xx or throttling
 	ReasonIMDS          Reason = "imds"           // the instance metadata service does not answer, is off, or gives no token
 	ReasonNoCredentials Reason = "no-credentials" // no instance role, or its credentials are not (yet, any more) accepted
+	ReasonClock         Reason = "clock"          // the node's clock and KMS's differ too much for signatures
 )
 
 // Codes that Error.Code has for the metadata service, where KMS's own are names
@@ -38,6 +41,10 @@ const (
 	CodeTokenTimeout = "TokenTimeout" // the service was reached but the token never came: hop limit
 	CodeForbidden    = "HTTP403"      // the service is turned off for this instance
 )
+
+// ErrOtherKey is a new data key that KMS does not give back: Decrypt of what
+// GenerateDataKey wrapped has to be what it answered in the clear.
+var ErrOtherKey = errors.New("Decrypt gave another key than GenerateDataKey")
 
 // Error is a failed call of a Client, or options that cannot work.
 type Error struct {
@@ -96,7 +103,7 @@ func (e *Error) MarshalJSON() ([]byte, error) { return json.Marshal(e.Error()) }
 // changing the key, the policy or the configuration.
 func (e *Error) Retryable() bool {
 	switch e.Reason {
-	case ReasonUnavailable, ReasonIMDS, ReasonNoCredentials:
+	case ReasonUnavailable, ReasonIMDS, ReasonNoCredentials, ReasonClock:
 		return true
 	}
 	return false
@@ -140,8 +147,7 @@ var reasons = map[string]Reason{
 	"ServiceUnavailableException": ReasonUnavailable,
 
 	// Role credentials that have just been issued are not known everywhere at
-	// once; expired ones are fetched anew; and a clock that is not set yet
-	// makes good signatures bad.
+	// once; expired ones are fetched anew.
 	"ExpiredTokenException":               ReasonNoCredentials,
 	"ExpiredToken":                        ReasonNoCredentials,
 	"UnrecognizedClientException":         ReasonNoCredentials,
@@ -152,8 +158,9 @@ var reasons = map[string]Reason{
 	"IncompleteSignatureException":        ReasonNoCredentials,
 	"MissingAuthenticationToken":          ReasonNoCredentials,
 	"MissingAuthenticationTokenException": ReasonNoCredentials,
-	"RequestExpired":                      ReasonNoCredentials,
-	"RequestTimeTooSkewed":                ReasonNoCredentials,
+
+	"RequestExpired":       ReasonClock,
+	"RequestTimeTooSkewed": ReasonClock,
 }
 
 // classify turns whatever a call returned into an *Error.
@@ -179,35 +186,65 @@ func classify(op, object string, err error) *Error {
 
 	e.RequestID = requestID(err)
 	var api smithy.APIError
-	if errors.As(err, &api) {
+	if errors.As(err, &api) && api.ErrorCode() != noCode {
 		e.Code = api.ErrorCode()
-		if r, ok := reasons[e.Code]; ok {
-			e.Reason = r
-			return e
+		r, ok := reasons[e.Code]
+		switch {
+		case clockIsOff(err):
+			r = ReasonClock
+		case !ok:
+			r = statusReason(statusOf(err), ReasonDenied, ReasonInvalid)
 		}
+		e.Reason = r
+		return e
 	}
-	e.Reason = statusReason(err)
+	status := statusOf(err)
+	e.Reason = statusReason(status, ReasonAnswer, ReasonAnswer)
 	var broken *smithy.DeserializationError
-	if errors.As(err, &broken) {
+	var sent *url.Error
+	switch {
+	case status >= 300:
+		e.Err = withSafeCause(fmt.Errorf("%w (%d %s)", errNotKMS, status, http.StatusText(status)), err)
+	case errors.As(err, &broken):
 		// Its text and snapshot may hold pieces of an answer with a key in it.
-		e.Err = unreadable(broken)
+		e.Err = withSafeCause(errUnreadable, broken)
+	case errors.As(err, &sent):
+		// What the SDK puts around it tells of an answer, and there was none.
+		e.Err = sent
 	}
 	return e
 }
 
-// statusReason judges an answer without a code that we know, or no answer.
-func statusReason(err error) Reason {
+// noCode is what the SDK makes of an answer without an error code.
+const noCode = "UnknownError"
+
+// clockIsOff reports whether KMS refused a signature whose time is not its own:
+// codes are the same for bad credentials. The SDK compares with the Date of the
+// answer, and signs by KMS's clock from then on.
+func clockIsOff(err error) bool {
+	var skewed interface{ RetryableError() bool }
+	return errors.As(err, &skewed) && skewed.RetryableError()
+}
+
+// statusOf is the HTTP status of the answer, 0 if there was none.
+func statusOf(err error) int {
 	var s interface{ HTTPStatusCode() int }
 	if !errors.As(err, &s) {
-		return ReasonUnavailable // refused, timed out, no such host, TLS
+		return 0
 	}
-	switch code := s.HTTPStatusCode(); {
-	case code == http.StatusForbidden || code == http.StatusUnauthorized:
-		return ReasonDenied
-	case code >= 400 && code < 500 && code != http.StatusTooManyRequests && code != http.StatusRequestTimeout:
-		return ReasonInvalid
+	return s.HTTPStatusCode()
+}
+
+// statusReason judges an answer without a code that we know, or no answer.
+func statusReason(status int, denied, invalid Reason) Reason {
+	switch {
+	case status == http.StatusForbidden || status == http.StatusUnauthorized:
+		return denied
+	case status >= 400 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout:
+		return invalid
 	}
-	// 5xx, throttling, something between us and KMS that answers for it.
+	// Refused, timed out, no such host, TLS; 5xx, throttling, something between
+	// us and KMS that answers for it.
 	return ReasonUnavailable
 }
 
@@ -219,21 +256,25 @@ func requestID(err error) string {
 	return ""
 }
 
-// errUnreadable stands for an answer that is not what KMS sends.
-var errUnreadable = errors.New("the answer cannot be understood")
+var (
+	// errUnreadable stands for an answer that is not what KMS sends.
+	errUnreadable = errors.New("the answer cannot be understood")
+	// errNotKMS stands for a failure without one of KMS's codes.
+	errNotKMS = errors.New("the answer is not KMS's")
+)
 
-// unreadable keeps the cause of a broken answer if it cannot hold a piece of it.
-func unreadable(err error) error {
+// withSafeCause adds the cause of a broken answer if it cannot hold a piece of it.
+func withSafeCause(broken, err error) error {
 	var timeout net.Error
 	for _, safe := range []error{context.DeadlineExceeded, context.Canceled, io.ErrUnexpectedEOF} {
 		if errors.Is(err, safe) {
-			return fmt.Errorf("%w: %w", errUnreadable, safe)
+			return fmt.Errorf("%w: %w", broken, safe)
 		}
 	}
 	if errors.As(err, &timeout) {
-		return fmt.Errorf("%w: %w", errUnreadable, timeout)
+		return fmt.Errorf("%w: %w", broken, timeout)
 	}
-	return errUnreadable
+	return broken
 }
 
 // joinContext adds the end of a context to an error that does not have it.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptrace"
 	"regexp"
@@ -69,8 +70,8 @@ func newMetadata(endpoint string, transport http.RoundTripper, count func()) *me
 // GetMetadata has the SDK's signature: ec2rolecreds reads through it.
 func (m *metadata) GetMetadata(ctx context.Context, in *imds.GetMetadataInput, opts ...func(*imds.Options)) (*imds.GetMetadataOutput, error) {
 	m.count()
-	t := &trace{}
-	out, err := m.client.GetMetadata(context.WithValue(ctx, traceKey{}, t), in, opts...)
+	ctx, t := withTrace(ctx)
+	out, err := m.client.GetMetadata(ctx, in, opts...)
 	if err != nil {
 		return nil, t.explain(in.Path, err)
 	}
@@ -79,8 +80,8 @@ func (m *metadata) GetMetadata(ctx context.Context, in *imds.GetMetadataInput, o
 
 func (m *metadata) identity(ctx context.Context) (Identity, error) {
 	m.count()
-	t := &trace{}
-	doc, err := m.client.GetInstanceIdentityDocument(context.WithValue(ctx, traceKey{}, t), nil)
+	ctx, t := withTrace(ctx)
+	doc, err := m.client.GetInstanceIdentityDocument(ctx, nil)
 	if err != nil {
 		return Identity{}, t.explain("instance-identity/document", err)
 	}
@@ -219,55 +220,74 @@ func (e *metadataError) code() string {
 	return ""
 }
 
-// trace notes the last request of one metadata call. The SDK's error for a
-// token that could not be had hides status and cause behind a type without
-// Unwrap, and those are what tells "off" from "hop limit".
+// trace notes the last request of one call. The SDK's errors hide how far it
+// came: for a token that could not be had status and cause are behind a type
+// without Unwrap, and those are what tells "off" from "hop limit"; for an attempt
+// that ran out of time only that is said, and not whether the name, the
+// connection or the answer did not come.
 type trace struct {
 	mu      sync.Mutex
 	token   bool
 	reached bool
 	status  int
 	err     error
+	host    string // that is looked up, "" once that is done
+	doing   string // what else is being waited for
 }
 
 type traceKey struct{}
 
+func withTrace(ctx context.Context) (context.Context, *trace) {
+	t := &trace{}
+	return context.WithValue(ctx, traceKey{}, t), t
+}
+
 type tracer struct{ client *http.Client }
 
-// Do implements imds.HTTPClient.
+// Do implements the SDK's HTTP clients.
 func (t tracer) Do(r *http.Request) (*http.Response, error) {
 	tr, ok := r.Context().Value(traceKey{}).(*trace)
 	if !ok {
 		return t.client.Do(r)
 	}
-	tr.begin(r.URL.Path == tokenPath)
+	tr.note(func() {
+		tr.token, tr.reached, tr.status, tr.err, tr.host, tr.doing = r.URL.Path == tokenPath, false, 0, nil, "", "connecting"
+	})
+	doing := func(what string) { tr.note(func() { tr.host, tr.doing = "", what }) }
 	ctx := httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { tr.connected() },
+		DNSStart:             func(i httptrace.DNSStartInfo) { tr.note(func() { tr.host = i.Host }) },
+		ConnectStart:         func(_, address string) { doing("connecting to " + address) },
+		TLSHandshakeStart:    func() { doing("agreeing on TLS") },
+		GotConn:              func(httptrace.GotConnInfo) { doing("waiting for the answer"); tr.note(func() { tr.reached = true }) },
+		GotFirstResponseByte: func() { doing("reading the answer") },
 	})
 	resp, err := t.client.Do(r.WithContext(ctx))
-	tr.end(resp, err)
+	tr.note(func() {
+		tr.err = err
+		if resp != nil {
+			tr.status = resp.StatusCode
+		}
+	})
 	return resp, err
 }
 
-func (t *trace) begin(token bool) {
+func (t *trace) note(f func()) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.token, t.reached, t.status, t.err = token, false, 0, nil
+	f()
 }
 
-func (t *trace) connected() {
+// late adds to the error of an attempt that ran out of time what did not come.
+func (t *trace) late(err error) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.reached = true
-}
-
-func (t *trace) end(resp *http.Response, err error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.err = err
-	if resp != nil {
-		t.status = resp.StatusCode
+	switch {
+	case t.doing == "" || !errors.Is(err, context.DeadlineExceeded):
+		return err // nothing was sent, or that is not what happened
+	case t.host != "":
+		return fmt.Errorf("%w: %w", context.DeadlineExceeded, &net.DNSError{Err: "no answer", Name: t.host, IsTimeout: true})
 	}
+	return fmt.Errorf("%w while %s", context.DeadlineExceeded, t.doing)
 }
 
 func (t *trace) explain(path string, err error) error {

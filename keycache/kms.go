@@ -188,7 +188,7 @@ func (c *Client) connectKMS(region string) kmsAPI {
 	o := kms.Options{
 		Region:      region,
 		Credentials: c.creds,
-		HTTPClient:  httpClient(transport()),
+		HTTPClient:  tracer{httpClient(transport())},
 		Retryer:     aws.NopRetryer{},
 	}
 	if c.options.KMSEndpoint != "" {
@@ -346,9 +346,12 @@ func (c *Client) Generate(ctx context.Context) (*Key, KeyRecord, error) {
 			return out.ResultMetadata, err
 		}
 		if err := r.validate(); err != nil {
-			return out.ResultMetadata, &Error{Reason: ReasonInvalid, Err: fmt.Errorf("the answer makes no record: %w", err)}
+			return out.ResultMetadata, &Error{Reason: ReasonAnswer, Err: fmt.Errorf("the answer makes no record: %w", err)}
 		}
 		key, err = NewKey(out.Plaintext)
+		if errors.Is(err, errKeyLength) {
+			return out.ResultMetadata, &Error{Reason: ReasonAnswer, Err: fmt.Errorf("the answer has no data key: %w", err)}
+		}
 		if err != nil {
 			return out.ResultMetadata, &Error{Reason: ReasonInvalid, Err: err}
 		}
@@ -367,14 +370,14 @@ func (c *Client) isConfigured(arn string) error {
 	if arn == want || aliasRef.MatchString(want) || (bareKey.MatchString(want) && strings.HasSuffix(arn, ":key/"+want)) {
 		return nil
 	}
-	return &Error{Reason: ReasonInvalid, Err: fmt.Errorf("KMS answered with a data key under %s", arn)}
+	return &Error{Reason: ReasonAnswer, Err: fmt.Errorf("KMS answered with a data key under %s", arn)}
 }
 
 // Decrypt unwraps a record's key under the record's key ARN and encryption
 // context (LUKS keys have none). Only KeyARN, WrappedKey and EncryptionContext
-// are used. The caller owns the Key. It fails with ReasonCiphertext if the
-// answer is under another key or has not 32 bytes, with ReasonWrongRegion if the
-// ARN is of another region.
+// are used. The caller owns the Key. It fails with ReasonAnswer if the answer is
+// under another key, with ReasonCiphertext if it has not 32 bytes, with
+// ReasonWrongRegion if the ARN is of another region.
 func (c *Client) Decrypt(ctx context.Context, r KeyRecord) (*Key, error) {
 	const op = "Decrypt"
 	if !keyARN.MatchString(r.KeyARN) || len(r.WrappedKey) == 0 || len(r.WrappedKey) > maxWrapped {
@@ -396,7 +399,7 @@ func (c *Client) Decrypt(ctx context.Context, r KeyRecord) (*Key, error) {
 			return out.ResultMetadata, incomplete("key ARN")
 		}
 		if got := aws.ToString(out.KeyId); got != r.KeyARN {
-			return out.ResultMetadata, &Error{Reason: ReasonCiphertext, Err: fmt.Errorf("KMS decrypted it under %s", got)}
+			return out.ResultMetadata, &Error{Reason: ReasonAnswer, Err: fmt.Errorf("KMS decrypted it under %s", got)}
 		}
 		key, err = NewKey(out.Plaintext)
 		if errors.Is(err, errKeyLength) {
@@ -441,10 +444,11 @@ func (c *Client) call(ctx context.Context, start time.Time, op, object string, f
 				calls.DescribeKey++
 			}
 		})
+		ctx, t := withTrace(ctx)
 		md, err := f(ctx, api)
 		id, _ := awsmiddleware.GetRequestIDMetadata(md)
 		if err != nil {
-			e := classify(op, object, err)
+			e := classify(op, object, t.late(err))
 			if e.RequestID == "" {
 				e.RequestID = id
 			}

@@ -5,90 +5,28 @@ import (
 	"crypto/hmac"
 	"encoding/base64"
 	"encoding/json"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
 )
 
-// The attacks that luks.go, cryptsetup or both fall for, each against the strict check alone and against the MAC alone. Attackers
-// fix all checksums.
+// Each attack against the strict check alone and against the MAC alone. Attackers fix all checksums.
 //
 // Where the strict check stands alone, the MAC is disabled by making it hold: it is computed anew over what the attacker wrote.
 // Where the MAC stands alone, the strict check is disabled by letting everything through that it would refuse. What only one of
-// the two catches says why.
+// the two catches says why (lukstest.Blind).
 func TestEachCheckAlone(t *testing.T) {
 	t.Parallel()
 
-	type catcher string
-	const (
-		both       catcher = "both"
-		onlyStrict catcher = "strict"
-		onlyMAC    catcher = "MAC"
-	)
-	const (
-		slotsOpen = "keyslots are not under the MAC: operators may change them with cryptsetup"
-		inTheWay  = "the MAC does not hold, but only after luks.go has worked on the value: without the key's slot opened, a wrong key and a tampered header look the same"
-		shape     = "it is not content, but its wrapping: what the MAC covers is the same"
-		allowed   = "the value is one that Format or an operator could have written, only not for this volume"
-	)
-	seg := func(m tree) tree { return m.at("segments", "0") }
-	slot := func(m tree) tree { return m.at("keyslots", "0") }
-	dig := func(m tree) tree { return m.at("digests", "0") }
-	for _, c := range []struct {
-		name string
-		by   catcher
-		why  string // where it is not both
-		want string // in the strict check's reason
-		edit func(tree)
-		raw  func(copy []byte) // instead of edit
-	}{
-		{"empty digest, which any passphrase opens", both, "", "not 32 bytes long", func(m tree) { dig(m)["digest"] = "" }, nil},
-		{"null cipher, which maps plaintext", both, "", `cipher "cipher_null-ecb"`, func(m tree) { seg(m)["encryption"] = "cipher_null-ecb" }, nil},
-		{"another cipher", both, "", `cipher "aes-xts-plain"`, func(m tree) { seg(m)["encryption"] = "aes-xts-plain" }, nil},
-		{"iv_tweak", both, "", `iv_tweak "8"`, func(m tree) { seg(m)["iv_tweak"] = "8" }, nil},
-		{"data over the key slots", both, "", "inside the header", func(m tree) { seg(m)["offset"] = "32768" }, nil},
-		{"another type of segment", both, "", `type "linear"`, func(m tree) { seg(m)["type"] = "linear" }, nil},
-
-		{"sector size 0, a panic", onlyStrict, inTheWay, "sector size 0", func(m tree) { seg(m)["sector_size"] = 0 }, nil},
-		{"hash of the digest too short, a panic", onlyStrict, inTheWay, `hash "sha1"`, func(m tree) { dig(m)["hash"] = "sha1" }, nil},
-		{"endless digest", onlyStrict, inTheWay, "4294967295 iterations", func(m tree) { dig(m)["iterations"] = 1<<32 - 1 }, nil},
-
-		{"JSON without an end, a panic", onlyStrict, shape, "has no end", nil, func(b []byte) {
-			for i := len(trimNUL(b[binarySize:])) + binarySize; i < len(b); i++ {
-				b[i] = ' '
-			}
-		}},
-		{"requirements", onlyStrict, shape, "online-reencrypt", func(m tree) {
-			m.at("config")["requirements"] = map[string]any{"mandatory": []any{"online-reencrypt-v2"}}
-		}, nil},
-		{"endless slot", onlyStrict, slotsOpen, "4294967295 iterations", func(m tree) { slot(m).at("kdf")["iterations"] = 1<<32 - 1 }, nil},
-		{"argon2 of 4 TiB", onlyStrict, slotsOpen, "memory 4294967295", func(m tree) { argon(m, 4, 1<<32-1, 4) }, nil},
-		{"argon2 time 0, a panic", onlyStrict, slotsOpen, "time 0", func(m tree) { argon(m, 0, 65536, 4) }, nil},
-		{"argon2 cpus 0, a panic", onlyStrict, slotsOpen, "cpus 0", func(m tree) { argon(m, 4, 65536, 0) }, nil},
-		{"argon2 cpus 256, a panic", onlyStrict, slotsOpen, "cpus 256", func(m tree) { argon(m, 4, 65536, 256) }, nil},
-		{"key size 0, a panic", onlyStrict, slotsOpen, "key size 0", func(m tree) { slot(m)["key_size"] = 0 }, nil},
-		{"key size of 1 TiB", onlyStrict, slotsOpen, "key size 1099511627776", func(m tree) { slot(m)["key_size"] = 1 << 40 }, nil},
-		{"area of 8 EiB", onlyStrict, slotsOpen, "not in the keyslots area", func(m tree) { slot(m).at("area")["size"] = fmt.Sprint(1<<63 - 4096) }, nil},
-		{"null cipher of the area", onlyStrict, slotsOpen, `cipher "cipher_null-ecb"`, func(m tree) { slot(m).at("area")["encryption"] = "cipher_null-ecb" }, nil},
-
-		{"data moved", onlyMAC, allowed, "", func(m tree) { seg(m)["offset"] = fmt.Sprint(dataOffset + 4096) }, nil},
-		{"data cut short", onlyMAC, allowed, "", func(m tree) { seg(m)["size"] = "8192" }, nil},
-		{"other sectors", onlyMAC, allowed, "", func(m tree) { seg(m)["sector_size"] = 512 }, nil},
-		{"another UUID", onlyMAC, allowed, "", nil, func(b []byte) { copy(b[offUUID:], strings.Replace(testUUID, "1", "2", 1)) }},
-	} {
-		t.Run(c.name, func(t *testing.T) {
+	for _, a := range lukstest.Attacks() {
+		t.Run(a.Name, func(t *testing.T) {
 			t.Parallel()
-			if (c.why == "") != (c.by == both) {
-				t.Fatal("the table has to say why")
-			}
 			path := volume(t)
-			if c.edit != nil {
-				edit(t, path, c.edit)
-			} else {
-				rewrite(t, path, primaryAt, c.raw)
-				rewrite(t, path, secondaryAt, c.raw)
+			if err := a.Do(path); err != nil {
+				t.Fatal(err)
 			}
 
 			// The MAC alone.
@@ -97,11 +35,10 @@ func TestEachCheckAlone(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			covered := !hmac.Equal(mac, i.checked.token.MAC)
-			if covered != (c.by != onlyStrict || c.why == inTheWay) {
+			if covered := !hmac.Equal(mac, i.checked.token.MAC); covered != (a.MAC || a.Why == lukstest.InTheWay) {
 				t.Errorf("under the MAC: %v", covered)
 			}
-			if c.by != onlyStrict {
+			if a.MAC {
 				if r := reasons(t, i.Verify(rightKey())); !strings.Contains(r, "MAC does not hold") {
 					t.Errorf("the MAC alone: %s", r)
 				}
@@ -117,8 +54,8 @@ func TestEachCheckAlone(t *testing.T) {
 				rewrite(t, path, at, func(b []byte) { replaceMAC(t, b, text) })
 			}
 			forged := inspected(t, path)
-			if c.by != onlyMAC {
-				refused(t, path, c.want)
+			if a.Reason != "" {
+				refused(t, path, a.Reason)
 				return
 			}
 			if !forged.Pass() {
@@ -194,17 +131,125 @@ func TestKeyslotsChangedByAPerson(t *testing.T) {
 	dm := fakeMapper(t)
 	create := dm.create
 	dm.create = func(v *volumeType, name string) error { mapped = v; return create(v, name) }
-	if err := i.open(t.Context(), rightKey(), OpenOptions{Name: "luks-" + testUUID}, dm); err != nil || mapped == nil || mapped.StorageOffset != dataOffset {
+	if err := i.open(t.Context(), rightKey(), OpenOptions{Name: "luks-" + testUUID}, dm); err != nil || mapped == nil || mapped.StorageOffset != DataOffset {
 		t.Errorf("%v %+v", err, mapped)
 	}
 	if i.Verify(keyOf(1)) == nil {
 		t.Error("it opens with another key")
 	}
 	mustRun(t, []byte("recovery"), "cryptsetup", "open", "--test-passphrase", "--batch-mode", "--key-slot", "2", "--key-file=-", path)
+}
 
-	// Our own slot removed: the volume is still ours, and says that its key has no slot.
-	mustRun(t, []byte("recovery"), "cryptsetup", "luksKillSlot", "--key-file=-", path, "0")
-	if i := inspected(t, path); i.Pass() || !i.Ours || i.Kind != KindLUKS2 || i.Verify(rightKey()) == nil {
-		t.Errorf("without our slot: %+v", i)
+// What else a person does with cryptsetup. The volume opens, or is refused for what was done.
+func TestHeaderChangedByAPerson(t *testing.T) {
+	t.Parallel()
+
+	dir := t.TempDir()
+	ours := filepath.Join(dir, "ours")
+	if err := os.WriteFile(ours, rightKey().Passphrase(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cheap := []string{"--pbkdf", "argon2id", "--pbkdf-force-iterations", "4", "--pbkdf-memory", "64", "--pbkdf-parallel", "1"}
+	pbkdf2 := []string{"--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"}
+	cryptsetup := func(t *testing.T, input string, args ...string) {
+		t.Helper()
+		mustRun(t, []byte(input), "cryptsetup", append([]string{"--batch-mode"}, args...)...)
+	}
+	add := func(t *testing.T, path, passphrase string, more ...string) {
+		t.Helper()
+		cryptsetup(t, passphrase, append(append([]string{"luksAddKey", "--key-file", ours}, more...), path, "-")...)
+	}
+	for _, c := range []struct {
+		name   string
+		change func(t *testing.T, path string)
+		want   string // in a reason; "" opens
+	}{
+		{"the passphrase of an added slot", func(t *testing.T, path string) {
+			add(t, path, "old", cheap...)
+			old := filepath.Join(t.TempDir(), "old")
+			if err := os.WriteFile(old, []byte("old"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			cryptsetup(t, "new", append([]string{"luksChangeKey", "--key-file", old, path, "-"}, cheap...)...)
+			cryptsetup(t, "new", "open", "--test-passphrase", "--key-file=-", path)
+		}, ""},
+		{"the kdf of an added slot", func(t *testing.T, path string) {
+			add(t, path, "recovery", pbkdf2...)
+			cryptsetup(t, "recovery", append([]string{"luksConvertKey", "--key-slot", "1", "--key-file=-", path}, cheap...)...)
+			if k := inspected(t, path).Header.Keyslots; len(k) != 2 || k[1].KDF != "argon2id" {
+				t.Errorf("%+v", k)
+			}
+		}, ""},
+		{"an added slot with cryptsetup's own kdf", func(t *testing.T, path string) {
+			add(t, path, "recovery", "--iter-time", "1")
+		}, ""},
+		{"an unbound slot", func(t *testing.T, path string) {
+			cryptsetup(t, "other", append([]string{"luksAddKey", "--unbound", "--key-size", "512", path, "-"}, pbkdf2...)...)
+		}, ""},
+		{"an unbound slot with a shorter key", func(t *testing.T, path string) {
+			cryptsetup(t, "other", append([]string{"luksAddKey", "--unbound", "--key-size", "256", path, "-"}, pbkdf2...)...)
+		}, "keyslot 1: key size 32"},
+		{"a keyring token, added and removed again", func(t *testing.T, path string) {
+			add(t, path, "recovery", cheap...)
+			cryptsetup(t, "", "token", "add", "--key-description", "here", "--key-slot", "1", path)
+			if i := inspected(t, path); !i.Pass() || len(i.Header.Tokens) != 2 {
+				t.Errorf("%+v", i)
+			}
+			cryptsetup(t, "", "token", "remove", "--token-id", "1", path)
+		}, ""},
+		{"the header of a backup", func(t *testing.T, path string) {
+			backup := filepath.Join(t.TempDir(), "backup")
+			cryptsetup(t, "", "luksHeaderBackup", "--header-backup-file", backup, path)
+			add(t, path, "recovery", cheap...)
+			cryptsetup(t, "recovery", "luksKillSlot", "--key-file=-", path, "0")
+			cryptsetup(t, "", "luksHeaderRestore", "--header-backup-file", backup, path)
+			if k := inspected(t, path).Header.Keyslots; len(k) != 1 {
+				t.Errorf("%+v", k)
+			}
+		}, ""},
+		{"the header of a backup, over damage in both copies", func(t *testing.T, path string) {
+			backup := filepath.Join(t.TempDir(), "backup")
+			cryptsetup(t, "", "luksHeaderBackup", "--header-backup-file", backup, path)
+			flip(t, path, 5000)
+			flip(t, path, secondaryAt+5000)
+			cryptsetup(t, "", "luksHeaderRestore", "--header-backup-file", backup, path)
+		}, ""},
+
+		{"the passphrase of our slot", func(t *testing.T, path string) {
+			cryptsetup(t, "new", append([]string{"luksChangeKey", "--key-slot", "0", "--key-file", ours, path, "-"}, pbkdf2...)...)
+		}, "does not open keyslot 0: the keyslot is damaged or was changed"},
+		{"the kdf of our slot", func(t *testing.T, path string) {
+			cryptsetup(t, "", append([]string{"luksConvertKey", "--key-slot", "0", "--key-file", ours, path}, cheap...)...)
+		}, `keyslot 0 has kdf "argon2id"`},
+		{"our slot removed", func(t *testing.T, path string) {
+			add(t, path, "recovery", cheap...)
+			cryptsetup(t, "recovery", "luksKillSlot", "--key-file=-", path, "0")
+		}, "lists 0 keyslots instead of one"},
+		{"our token removed", func(t *testing.T, path string) {
+			cryptsetup(t, "", "token", "remove", "--token-id", "0", path)
+		}, reasonNoToken},
+		{"a reencryption begun", func(t *testing.T, path string) {
+			cryptsetup(t, "", append([]string{"reencrypt", "--init-only", "--key-file", ours, "--key-slot", "0", path}, pbkdf2...)...)
+		}, "online-reencrypt"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			path := volume(t)
+			c.change(t, path)
+			i := inspected(t, path)
+			if !i.Ours || i.Kind != KindLUKS2 || i.Header.UUID != testUUID || i.PrimaryDamaged || i.SecondaryDamaged {
+				t.Errorf("%+v", i)
+			}
+			err := i.Verify(rightKey())
+			if c.want == "" {
+				if err != nil || !i.Pass() || i.Verify(keyOf(1)) == nil {
+					t.Errorf("%v, or it opens with another key", err)
+				}
+				return
+			}
+			if r := reasons(t, err); !strings.Contains(r, c.want) {
+				t.Error(r)
+			}
+		})
 	}
 }

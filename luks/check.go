@@ -48,12 +48,22 @@ const (
 	// LUKS2_MAX_KEYSLOTS_SIZE of the same file.
 	maxKeyslotsSize = 128 << 20
 
-	maxDepth   = 64  // of nested JSON; cryptsetup's own is 6, tokens of others may bring more
+	// Of a header's JSON, bytes. What Format makes has room for 12 KiB. Of the 4 MiB that LUKS2 allows, decoding could make
+	// hundreds of MiB, and take seconds.
+	maxText = 64 << 10
+	// Of nested JSON, the outermost object being 0: json-c, and so cryptsetup, reads 32 levels (JSON_TOKENER_DEFAULT_DEPTH).
+	maxDepth   = 31
 	maxReasons = 100 // a header can be wrong in more ways than anybody wants to read
+	maxQuoted  = 100 // of a text from the disk in a reason, bytes
+	maxReason  = 500 // of a reason, bytes
 )
 
 // knownFlags are the persistent flags that luks.go can hand to dm-crypt and that take nothing from the secrecy of the data.
 var knownFlags = []string{flagDiscards, flagSameCPU, flagSubmitCPUs, flagNoRead, flagNoWrite}
+
+// slotHashes are the hashes of a slot's pbkdf2 and of its splitter, for which cryptsetup takes the same: sha512 is what
+// systemd-cryptenroll asks for, and `cryptsetup luksAddKey --hash`. The token's own slot has to have sha256.
+var slotHashes = []string{"sha256", "sha512"}
 
 // Names of persistent flags, from persistent_flags[] in cryptsetup's lib/luks2/luks2_json_metadata.c.
 const (
@@ -171,10 +181,24 @@ type judgement struct {
 	slotsEnd   int64
 }
 
+// refuse adds a reason. What it quotes comes from the disk: it is cut, and a terminal or a log sees nothing but text.
 func (j *judgement) refuse(format string, args ...any) {
-	if len(j.reasons) < maxReasons {
-		j.reasons = append(j.reasons, fmt.Sprintf(format, args...))
+	if len(j.reasons) >= maxReasons {
+		return
 	}
+	for i, a := range args {
+		if s, ok := a.(string); ok {
+			args[i] = cut(s, maxQuoted)
+		}
+	}
+	j.reasons = append(j.reasons, printable([]byte(cut(fmt.Sprintf(format, args...), maxReason))))
+}
+
+func cut(s string, n int) string {
+	if len(s) > n {
+		return s[:n] + "…"
+	}
+	return s
 }
 
 // judge is the strict check of one valid copy. It returns the header's facts, always; what was checked, only where nothing was
@@ -195,6 +219,10 @@ func judge(c *headerCopy, deviceSize int64) (*Header, *checked, []string) {
 	}
 	if c.malformed != "" {
 		j.refuse("%s", c.malformed)
+		return j.header, nil, j.reasons
+	}
+	if len(c.json) > maxText {
+		j.refuse("the JSON has %d bytes, more than %d", len(c.json), maxText)
 		return j.header, nil, j.reasons
 	}
 	if err := wellFormed(c.json); err != nil {
@@ -384,7 +412,7 @@ func (j *judgement) keyslots() {
 		if k.Priority != nil && (*k.Priority < 0 || *k.Priority > 2) {
 			j.refuse("keyslot %s: priority %d", id, *k.Priority)
 		}
-		if k.AF.Type != "luks1" || k.AF.Stripes != stripes || k.AF.Hash != "sha256" {
+		if k.AF.Type != "luks1" || k.AF.Stripes != stripes || !slices.Contains(slotHashes, k.AF.Hash) {
 			j.refuse("keyslot %s: anti-forensic splitter %q with %d stripes and hash %q", id, k.AF.Type, k.AF.Stripes, k.AF.Hash)
 		}
 		j.kdf(id, k.KDF)
@@ -425,8 +453,7 @@ func (j *judgement) kdf(id string, k jsonKDF) {
 	j.salt("keyslot "+id, k.Salt)
 	switch k.Type {
 	case "pbkdf2":
-		// sha512 is what systemd-cryptenroll writes for its slots. The token's own slot has to have sha256.
-		if k.Hash != "sha256" && k.Hash != "sha512" {
+		if !slices.Contains(slotHashes, k.Hash) {
 			j.refuse("keyslot %s: pbkdf2 with hash %q", id, k.Hash)
 		}
 		if k.Iterations < minIterations || k.Iterations > maxIterations {
@@ -497,8 +524,8 @@ func (j *judgement) ownSlot(token, id string) {
 		j.refuse("token %s: keyslot %s does not exist", token, id)
 		return
 	}
-	if k.KDF.Type != "pbkdf2" || k.KDF.Hash != "sha256" || k.KDF.Iterations > maxOwnIterations {
-		j.refuse("token %s: keyslot %s has kdf %q with hash %q and %d iterations", token, id, k.KDF.Type, k.KDF.Hash, k.KDF.Iterations)
+	if k.KDF.Type != "pbkdf2" || k.KDF.Hash != "sha256" || k.AF.Hash != "sha256" || k.KDF.Iterations > maxOwnIterations {
+		j.refuse("token %s: keyslot %s has kdf %q with hashes %q and %q and %d iterations", token, id, k.KDF.Type, k.KDF.Hash, k.AF.Hash, k.KDF.Iterations)
 	}
 	if j.digestID == "" {
 		return // already refused
@@ -532,13 +559,17 @@ func ordered[V any](m map[string]V) []string {
 	})
 }
 
-// empty reports whether every one of the copies plainly has a JSON object "keyslots" without members.
+// empty reports whether every one of the copies plainly has a JSON object "keyslots" without members. More than two were not left
+// by cryptsetup.
 func empty(copies []*headerCopy) bool {
+	if len(copies) > 2 {
+		return false
+	}
 	for _, c := range copies {
 		var m struct {
 			Keyslots map[string]json.RawMessage `json:"keyslots"`
 		}
-		if c.malformed != "" || wellFormed(c.json) != nil || json.Unmarshal(c.json, &m) != nil || m.Keyslots == nil || len(m.Keyslots) > 0 {
+		if c.malformed != "" || len(c.json) > maxText || wellFormed(c.json) != nil || json.Unmarshal(c.json, &m) != nil || m.Keyslots == nil || len(m.Keyslots) > 0 {
 			return false
 		}
 	}

@@ -4,9 +4,12 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
 )
 
 // An attacker who can write to the disk, and fixes all checksums. want is a part of one reason.
@@ -15,10 +18,10 @@ func TestHostileHeaders(t *testing.T) {
 
 	list := func(v ...any) []any { return v }
 	b64 := func(n int) string { return base64.StdEncoding.EncodeToString(make([]byte, n)) }
-	seg := func(m tree) tree { return m.at("segments", "0") }
-	slot := func(m tree) tree { return m.at("keyslots", "0") }
-	dig := func(m tree) tree { return m.at("digests", "0") }
-	tok := func(m tree) tree { return m.at("tokens", "0") }
+	seg := func(m tree) tree { return m.At("segments", "0") }
+	slot := func(m tree) tree { return m.At("keyslots", "0") }
+	dig := func(m tree) tree { return m.At("digests", "0") }
+	tok := func(m tree) tree { return m.At("tokens", "0") }
 	clone := func(m tree) tree {
 		c := tree{}
 		for k, v := range m {
@@ -29,10 +32,10 @@ func TestHostileHeaders(t *testing.T) {
 	// second adds another keyslot at an offset.
 	second := func(m tree, offset string) {
 		s := clone(slot(m))
-		a := clone(slot(m).at("area"))
+		a := clone(slot(m).At("area"))
 		a["offset"] = offset
 		s["area"] = map[string]any(a)
-		m.at("keyslots")["1"] = map[string]any(s)
+		m.At("keyslots")["1"] = map[string]any(s)
 		dig(m)["keyslots"] = list("0", "1")
 	}
 
@@ -44,31 +47,37 @@ func TestHostileHeaders(t *testing.T) {
 		// The two that luks.go and cryptsetup 2.6.1 open with any passphrase, as plaintext.
 		{"empty digest", "it is not 32 bytes long", func(m tree) { dig(m)["digest"] = "" }},
 		{"null cipher", `cipher "cipher_null-ecb"`, func(m tree) { seg(m)["encryption"] = "cipher_null-ecb" }},
-		{"null cipher of the area", `cipher "cipher_null-ecb"`, func(m tree) { slot(m).at("area")["encryption"] = "cipher_null-ecb" }},
+		{"null cipher of the area", `cipher "cipher_null-ecb"`, func(m tree) { slot(m).At("area")["encryption"] = "cipher_null-ecb" }},
 
 		// The ones that make luks.go panic, eat all memory, or never end.
 		{"sector size 0", "sector size 0", func(m tree) { seg(m)["sector_size"] = 0 }},
-		{"argon2 time 0", "time 0", func(m tree) { argon(m, 0, 65536, 4) }},
-		{"argon2 cpus 0", "cpus 0", func(m tree) { argon(m, 4, 65536, 0) }},
-		{"argon2 cpus 256", "cpus 256", func(m tree) { argon(m, 4, 65536, 256) }},
-		{"argon2 memory 4 TiB", "memory 4294967295", func(m tree) { argon(m, 4, 1<<32-1, 4) }},
-		{"argon2 memory above cryptsetup's", "memory 4194305", func(m tree) { argon(m, 4, 4<<20+1, 4) }},
-		{"argon2 time huge", "time 1001", func(m tree) { argon(m, 1001, 65536, 4) }},
-		{"iterations 2^32-1", "keyslot 0: 4294967295 iterations", func(m tree) { slot(m).at("kdf")["iterations"] = 1<<32 - 1 }},
+		{"argon2 time 0", "time 0", func(m tree) { lukstest.Argon2(slot(m), 0, 65536, 4) }},
+		{"argon2 cpus 0", "cpus 0", func(m tree) { lukstest.Argon2(slot(m), 4, 65536, 0) }},
+		{"argon2 cpus 256", "cpus 256", func(m tree) { lukstest.Argon2(slot(m), 4, 65536, 256) }},
+		{"argon2 memory 4 TiB", "memory 4294967295", func(m tree) { lukstest.Argon2(slot(m), 4, 1<<32-1, 4) }},
+		{"argon2 memory above cryptsetup's", "memory 4194305", func(m tree) { lukstest.Argon2(slot(m), 4, 4<<20+1, 4) }},
+		{"argon2 memory below cryptsetup's", "memory 31 KiB", func(m tree) { lukstest.Argon2(slot(m), 4, 31, 4) }},
+		{"argon2 time huge", "time 1001", func(m tree) { lukstest.Argon2(slot(m), 1001, 65536, 4) }},
+		{"iterations 2^32-1", "keyslot 0: 4294967295 iterations", func(m tree) { slot(m).At("kdf")["iterations"] = 1<<32 - 1 }},
 		{"iterations of the digest 2^32-1", "digest 0: 4294967295 iterations", func(m tree) { dig(m)["iterations"] = 1<<32 - 1 }},
-		{"iterations of our slot", "1000001 iterations", func(m tree) { slot(m).at("kdf")["iterations"] = 1_000_001 }},
+		{"iterations of our slot", "1000001 iterations", func(m tree) { slot(m).At("kdf")["iterations"] = 1_000_001 }},
 		{"iterations of our digest", "1000001 iterations", func(m tree) { dig(m)["iterations"] = 1_000_001 }},
-		{"few iterations", "999 iterations", func(m tree) { slot(m).at("kdf")["iterations"] = 999 }},
+		{"few iterations", "999 iterations", func(m tree) { slot(m).At("kdf")["iterations"] = 999 }},
 		{"few iterations of the digest", "1 iterations", func(m tree) { dig(m)["iterations"] = 1 }},
 		{"negative iterations", "-1 iterations", func(m tree) { dig(m)["iterations"] = -1 }},
 		{"key size 0", "key size 0", func(m tree) { slot(m)["key_size"] = 0 }},
 		{"key size huge", "key size 1099511627776", func(m tree) { slot(m)["key_size"] = 1 << 40 }},
 		{"key size of AES-128", "key size 32", func(m tree) { slot(m)["key_size"] = 32 }},
-		{"key size of the area", "key size 0", func(m tree) { slot(m).at("area")["key_size"] = 0 }},
+		{"key size of the area", "key size 0", func(m tree) { slot(m).At("area")["key_size"] = 0 }},
 		{"short digest", "it is not 32 bytes long", func(m tree) { dig(m)["digest"] = b64(31) }},
 		{"long digest", "it is not 32 bytes long", func(m tree) { dig(m)["digest"] = b64(33) }},
-		{"our slot with argon2", `kdf "argon2id"`, func(m tree) { argon(m, 4, 65536, 4) }},
-		{"our slot with sha512", `hash "sha512"`, func(m tree) { slot(m).at("kdf")["hash"] = "sha512" }},
+		{"our slot with argon2", `kdf "argon2id"`, func(m tree) { lukstest.Argon2(slot(m), 4, 65536, 4) }},
+		{"our slot with argon2 and a hash", `keyslot 0 has kdf "argon2id"`, func(m tree) {
+			lukstest.Argon2(slot(m), 4, 65536, 4)
+			slot(m).At("kdf")["hash"] = "sha256"
+		}},
+		{"our slot with sha512", `hashes "sha512" and "sha256"`, func(m tree) { slot(m).At("kdf")["hash"] = "sha512" }},
+		{"our slot's splitter with sha512", `hashes "sha256" and "sha512"`, func(m tree) { slot(m).At("af")["hash"] = "sha512" }},
 
 		{"sector size 1024", "sector size 1024", func(m tree) { seg(m)["sector_size"] = 1024 }},
 		{"digest of sha1", `hash "sha1"`, func(m tree) { dig(m)["hash"] = "sha1" }},
@@ -77,7 +86,7 @@ func TestHostileHeaders(t *testing.T) {
 		{"digest with a line end", "it is not 32 bytes long", func(m tree) { dig(m)["digest"] = dig(m)["digest"].(string) + "\n" }},
 		{"salt of the digest empty", "digest 0: the salt", func(m tree) { dig(m)["salt"] = "" }},
 		{"salt of the digest huge", "digest 0: the salt", func(m tree) { dig(m)["salt"] = b64(65) }},
-		{"salt of the slot short", "keyslot 0: the salt", func(m tree) { slot(m).at("kdf")["salt"] = b64(15) }},
+		{"salt of the slot short", "keyslot 0: the salt", func(m tree) { slot(m).At("kdf")["salt"] = b64(15) }},
 		{"digest without a segment", "0 digests", func(m tree) { dig(m)["segments"] = list() }},
 		{"digest of another segment", `segment "1" does not exist`, func(m tree) { dig(m)["segments"] = list("1") }},
 		{"digest of a segment twice", "it lists 2 segments", func(m tree) { dig(m)["segments"] = list("0", "0") }},
@@ -86,30 +95,30 @@ func TestHostileHeaders(t *testing.T) {
 		{"two digests of the segment", "2 digests", func(m tree) {
 			d := clone(dig(m))
 			d["keyslots"] = list()
-			m.at("digests")["1"] = map[string]any(d)
+			m.At("digests")["1"] = map[string]any(d)
 		}},
 		{"two digests of the keyslot", "also is in digest 0", func(m tree) {
 			d := clone(dig(m))
 			d["segments"] = list()
-			m.at("digests")["1"] = map[string]any(d)
+			m.At("digests")["1"] = map[string]any(d)
 		}},
 		{"our slot in another digest", "does not list keyslot 0", func(m tree) {
 			d := clone(dig(m))
 			d["segments"] = list()
-			m.at("digests")["1"] = map[string]any(d)
+			m.At("digests")["1"] = map[string]any(d)
 			dig(m)["keyslots"] = list()
 		}},
 		{"no digest", "0 digests", func(m tree) { m["digests"] = map[string]any{} }},
 		{"nine digests", `digest "8": not an id`, func(m tree) {
 			d := clone(dig(m))
 			d["segments"], d["keyslots"] = list(), list()
-			m.at("digests")["8"] = map[string]any(d)
+			m.At("digests")["8"] = map[string]any(d)
 		}},
 
 		{"data inside the header", "inside the header", func(m tree) { seg(m)["offset"] = "4096" }},
 		{"data inside the keyslots", "inside the header", func(m tree) { seg(m)["offset"] = fmt.Sprint(16<<20 - 4096) }},
 		{"data at 0", "inside the header", func(m tree) { seg(m)["offset"] = "0" }},
-		{"data not aligned", "not a multiple", func(m tree) { seg(m)["offset"] = fmt.Sprint(16<<20 + 512) }},
+		{"data not aligned", "is not a multiple of 4096", func(m tree) { seg(m)["offset"] = fmt.Sprint(16<<20 + 512) }},
 		{"data behind the device", "is not on the device", func(m tree) { seg(m)["offset"] = fmt.Sprint(imageSize) }},
 		{"data at 2^63", "not a multiple", func(m tree) { seg(m)["offset"] = "9223372036854775808" }},
 		{"negative data", "not a multiple", func(m tree) { seg(m)["offset"] = "-4096" }},
@@ -117,7 +126,7 @@ func TestHostileHeaders(t *testing.T) {
 		{"fixed size 0", "does not fit", func(m tree) { seg(m)["size"] = "0" }},
 		{"fixed size too large", "does not fit", func(m tree) { seg(m)["size"] = fmt.Sprint(imageSize) }},
 		{"fixed size not of sectors", "not a multiple of the sector size", func(m tree) { seg(m)["size"] = "512" }},
-		{"two segments", "exactly one segment", func(m tree) { m.at("segments")["1"] = map[string]any(clone(seg(m))) }},
+		{"two segments", "exactly one segment", func(m tree) { m.At("segments")["1"] = map[string]any(clone(seg(m))) }},
 		{"no segment", "exactly one segment", func(m tree) { m["segments"] = map[string]any{} }},
 		{"segment 1 only", "exactly one segment", func(m tree) {
 			m["segments"] = map[string]any{"1": map[string]any(seg(m))}
@@ -128,40 +137,51 @@ func TestHostileHeaders(t *testing.T) {
 		{"integrity", "integrity", func(m tree) { seg(m)["integrity"] = map[string]any{"type": "hmac(sha256)"} }},
 		{"segment of a reencryption", "flags", func(m tree) { seg(m)["flags"] = list("backup-final") }},
 		{"requirements", "online-reencrypt", func(m tree) {
-			m.at("config")["requirements"] = map[string]any{"mandatory": list("online-reencrypt-v2")}
+			m.At("config")["requirements"] = map[string]any{"mandatory": list("online-reencrypt-v2")}
 		}},
 		{"unknown kind of requirements", "shape of LUKS2", func(m tree) {
-			m.at("config")["requirements"] = map[string]any{"optional": list("x")}
+			m.At("config")["requirements"] = map[string]any{"optional": list("x")}
 		}},
-		{"unknown flag", `unknown flag "high-priority"`, func(m tree) { m.at("config")["flags"] = list("high-priority") }},
-		{"json_size", "json_size", func(m tree) { m.at("config")["json_size"] = "16384" }},
-		{"keyslots_size odd", "keyslots_size", func(m tree) { m.at("config")["keyslots_size"] = "5000" }},
-		{"keyslots_size huge", "keyslots_size", func(m tree) { m.at("config")["keyslots_size"] = fmt.Sprint(128<<20 + 4096) }},
-		{"keyslots over the data", "inside the header", func(m tree) { m.at("config")["keyslots_size"] = fmt.Sprint(16 << 20) }},
+		{"unknown flag", `unknown flag "high-priority"`, func(m tree) { m.At("config")["flags"] = list("high-priority") }},
+		{"json_size", "json_size", func(m tree) { m.At("config")["json_size"] = "16384" }},
+		{"keyslots_size no number", `keyslots_size "x"`, func(m tree) { m.At("config")["keyslots_size"] = "x" }},
+		{"keyslots_size odd", "keyslots_size", func(m tree) { m.At("config")["keyslots_size"] = "5000" }},
+		{"keyslots_size huge", "keyslots_size", func(m tree) { m.At("config")["keyslots_size"] = fmt.Sprint(128<<20 + 4096) }},
+		{"keyslots over the data", "inside the header", func(m tree) { m.At("config")["keyslots_size"] = fmt.Sprint(16 << 20) }},
 
-		{"area in the header", "not in the keyslots area", func(m tree) { slot(m).at("area")["offset"] = "16384" }},
-		{"area in the data", "not in the keyslots area", func(m tree) { slot(m).at("area")["offset"] = fmt.Sprint(16 << 20) }},
-		{"area over the end", "not in the keyslots area", func(m tree) { slot(m).at("area")["size"] = fmt.Sprint(16 << 20) }},
-		{"area of 8 EiB", "not in the keyslots area", func(m tree) { slot(m).at("area")["size"] = fmt.Sprint(1<<63 - 4096) }},
-		{"area too small", "too small", func(m tree) { slot(m).at("area")["size"] = "4096" }},
-		{"area not aligned", "not aligned", func(m tree) { slot(m).at("area")["offset"] = "33280" }},
-		{"area of another type", `area of type "journal"`, func(m tree) { slot(m).at("area")["type"] = "journal" }},
+		// What is quoted is cut, so that the rest of the reason is read.
+		{"area with a long cipher", `…", key size 64`, func(m tree) { slot(m).At("area")["encryption"] = strings.Repeat("x", 2000) }},
+		{"area in the header", "not in the keyslots area", func(m tree) { slot(m).At("area")["offset"] = "16384" }},
+		{"area in the data", "not in the keyslots area", func(m tree) { slot(m).At("area")["offset"] = fmt.Sprint(16 << 20) }},
+		{"area over the end", "not in the keyslots area", func(m tree) { slot(m).At("area")["size"] = fmt.Sprint(16 << 20) }},
+		{"area of 8 EiB", "not in the keyslots area", func(m tree) { slot(m).At("area")["size"] = fmt.Sprint(1<<63 - 4096) }},
+		{"area too small", "too small", func(m tree) { slot(m).At("area")["size"] = "4096" }},
+		{"area of an odd size", "not aligned", func(m tree) { slot(m).At("area")["size"] = "258560" }},
+		{"area not aligned", "not aligned", func(m tree) { slot(m).At("area")["offset"] = "33280" }},
+		{"area of another type", `area of type "journal"`, func(m tree) { slot(m).At("area")["type"] = "journal" }},
 		{"areas the same", "overlap", func(m tree) { second(m, "32768") }},
 		{"areas overlap", "overlap", func(m tree) { second(m, fmt.Sprint(32768+4096)) }},
 		{"slot of a reencryption", `type "reencrypt"`, func(m tree) { slot(m)["type"] = "reencrypt" }},
-		{"splitter of another hash", "anti-forensic", func(m tree) { slot(m).at("af")["hash"] = "sha1" }},
-		{"splitter of one stripe", "anti-forensic", func(m tree) { slot(m).at("af")["stripes"] = 1 }},
-		{"unknown kdf", `kdf "scrypt"`, func(m tree) { slot(m).at("kdf")["type"] = "scrypt" }},
-		{"pbkdf2 of sha1", `hash "sha1"`, func(m tree) { slot(m).at("kdf")["hash"] = "sha1" }},
+		{"splitter of another hash", "anti-forensic", func(m tree) { slot(m).At("af")["hash"] = "sha1" }},
+		{"splitter of one stripe", "anti-forensic", func(m tree) { slot(m).At("af")["stripes"] = 1 }},
+		{"unknown kdf of another slot", `keyslot 1: kdf "scrypt"`, func(m tree) {
+			second(m, "290816")
+			k := clone(slot(m).At("kdf"))
+			k["type"] = "scrypt"
+			m.At("keyslots", "1")["kdf"] = map[string]any(k)
+		}},
+		{"unknown kdf", `kdf "scrypt"`, func(m tree) { slot(m).At("kdf")["type"] = "scrypt" }},
+		{"pbkdf2 of sha1", `hash "sha1"`, func(m tree) { slot(m).At("kdf")["hash"] = "sha1" }},
 		{"priority", "priority 7", func(m tree) { slot(m)["priority"] = 7 }},
-		{"slot 32", `keyslot "32": not an id`, func(m tree) { second(m, "290816"); m.at("keyslots")["32"] = m.at("keyslots")["1"] }},
-		{"slot 00", `keyslot "00": not an id`, func(m tree) { second(m, "290816"); m.at("keyslots")["00"] = m.at("keyslots")["1"] }},
+		{"slot 32", `keyslot "32": not an id`, func(m tree) { second(m, "290816"); m.At("keyslots")["32"] = m.At("keyslots")["1"] }},
+		{"slot 00", `keyslot "00": not an id`, func(m tree) { second(m, "290816"); m.At("keyslots")["00"] = m.At("keyslots")["1"] }},
 
 		{"stripped token", "no luks-kms-agent token", func(m tree) { m["tokens"] = map[string]any{} }},
 		{"renamed token", "no luks-kms-agent token", func(m tree) { tok(m)["type"] = "luks-kms-agenT" }},
-		{"two tokens of ours", "2 luks-kms-agent tokens", func(m tree) { m.at("tokens")["1"] = map[string]any(tok(m)) }},
-		{"token without a type", "no type", func(m tree) { m.at("tokens")["1"] = map[string]any{"keyslots": list()} }},
-		{"token that is a list", "no type", func(m tree) { m.at("tokens")["1"] = list() }},
+		{"two tokens of ours", "2 luks-kms-agent tokens", func(m tree) { m.At("tokens")["1"] = map[string]any(tok(m)) }},
+		{"token without a type", "no type", func(m tree) { m.At("tokens")["1"] = map[string]any{"keyslots": list()} }},
+		{"token with an empty type", "token 1: it has no type", func(m tree) { m.At("tokens")["1"] = map[string]any{"type": "", "keyslots": list()} }},
+		{"token that is a list", "no type", func(m tree) { m.At("tokens")["1"] = list() }},
 		{"token of a missing slot", "keyslot 9 does not exist", func(m tree) { tok(m)["keyslots"] = list("9") }},
 		{"token of two slots", "2 keyslots", func(m tree) { tok(m)["keyslots"] = list("0", "0") }},
 		{"token of slot -1", "not an id", func(m tree) { tok(m)["keyslots"] = list("-1") }},
@@ -174,7 +194,7 @@ func TestHostileHeaders(t *testing.T) {
 		{"huge wrapped key", "wrapped key", func(m tree) { tok(m)["wrapped_key"] = b64(6145) }},
 		{"empty ARN", "key ARN", func(m tree) { tok(m)["key_arn"] = "" }},
 		{"ARN with a line end", "key ARN", func(m tree) { tok(m)["key_arn"] = "arn:\n" }},
-		{"token 32", `token "32": not an id`, func(m tree) { m.at("tokens")["32"] = map[string]any{"type": "x"} }},
+		{"token 32", `token "32": not an id`, func(m tree) { m.At("tokens")["32"] = map[string]any{"type": "x"} }},
 
 		{"unknown field", "unknown field", func(m tree) { seg(m)["more"] = 1 }},
 		{"a section more", "unknown field", func(m tree) { m["more"] = 1 }},
@@ -191,14 +211,6 @@ func TestHostileHeaders(t *testing.T) {
 			refused(t, path, c.want)
 		})
 	}
-}
-
-// argon turns slot 0 into an argon2id one.
-func argon(m tree, time, memory, cpus int) {
-	k := m.at("keyslots", "0", "kdf")
-	delete(k, "hash")
-	delete(k, "iterations")
-	k["type"], k["time"], k["memory"], k["cpus"] = "argon2id", time, memory, cpus
 }
 
 // refused asserts that a header which is valid as such is not trusted, for a reason with want in it, and opens by no way.
@@ -276,12 +288,13 @@ func TestHostileBinary(t *testing.T) {
 			}
 		}},
 		{"bytes after the end", "bytes after its end", func(b []byte) { b[len(b)-1] = 1 }},
-		{"empty JSON", "not an object", func(b []byte) { setText(b, nil) }},
+		{"empty JSON", "not an object", func(b []byte) { lukstest.SetText(b, nil) }},
 		{"UUID as path", "is not a UUID", func(b []byte) { copy(b[offUUID:], "../../../../../../../etc/cron.d/xxxx") }},
 		{"UUID in upper case", "is not a UUID", func(b []byte) { copy(b[offUUID:], strings.ToUpper(testUUID)) }},
 		{"UUID without an end", "is not a UUID", func(b []byte) { copy(b[offUUID:], strings.Repeat("a", lenUUID)) }},
 		{"label with escapes", "not printable", func(b []byte) { copy(b[offLabel:], "\033[2J") }},
 		{"label not UTF-8", "not printable", func(b []byte) { b[offLabel] = 0xff }},
+		{"subsystem with escapes", "not printable", func(b []byte) { copy(b[offSubsystem:], "luks-kms-agent\033[2J") }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			path := volume(t)
@@ -327,7 +340,7 @@ func TestManyReasonsAreCut(t *testing.T) {
 		for i := range flags {
 			flags[i] = "x"
 		}
-		m.at("config")["flags"] = flags
+		m.At("config")["flags"] = flags
 	})
 	if i := inspected(t, path); len(i.Reasons) != maxReasons {
 		t.Errorf("%d reasons", len(i.Reasons))
@@ -368,20 +381,21 @@ func TestOperatorsChangesAreFine(t *testing.T) {
 		},
 		"known flags": func(t *testing.T, path string) {
 			edit(t, path, func(m tree) {
-				m.at("config")["flags"] = []any{"allow-discards", "same-cpu-crypt", "submit-from-crypt-cpus", "no-read-workqueue", "no-write-workqueue"}
+				m.At("config")["flags"] = []any{"allow-discards", "same-cpu-crypt", "submit-from-crypt-cpus", "no-read-workqueue", "no-write-workqueue"}
 			})
 		},
-		"a slot of systemd-cryptenroll": func(t *testing.T, path string) {
-			edit(t, path, func(m tree) {
-				b, _ := json.Marshal(m.at("keyslots", "0"))
-				var s map[string]any
-				if err := json.Unmarshal(b, &s); err != nil {
-					t.Fatal(err)
+		// What systemd-cryptenroll asks libcryptsetup for.
+		"a slot with sha512": func(t *testing.T, path string) {
+			keyFile := t.TempDir() + "/key"
+			if err := makeImage(keyFile, []byte(pass), 44); err != nil {
+				t.Fatal(err)
+			}
+			mustRun(t, []byte("recovery"), "cryptsetup", "luksAddKey", "--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000",
+				"--hash", "sha512", "--key-file", keyFile, path, "-")
+			edit(t, path, func(m tree) { // only to look: the test means something while cryptsetup writes both
+				if s := m.At("keyslots", "1"); s.At("kdf")["hash"] != "sha512" || s.At("af")["hash"] != "sha512" {
+					t.Errorf("slot %v", s)
 				}
-				s["area"].(map[string]any)["offset"] = "290816"
-				s["kdf"].(map[string]any)["hash"] = "sha512"
-				m.at("keyslots")["1"] = s
-				m.at("digests", "0")["keyslots"] = []any{"0", "1"}
 			})
 		},
 	} {
@@ -393,6 +407,34 @@ func TestOperatorsChangesAreFine(t *testing.T) {
 				t.Errorf("reasons %q, verify %v", i.Reasons, i.Verify(rightKey()))
 			}
 		})
+	}
+}
+
+// A stranger erased the slots, and a cut came between the two copies: it is not empty, as the older copy has slots, and not sound.
+func TestNoKeyslotsInTheNewerCopy(t *testing.T) {
+	t.Parallel()
+
+	path := volume(t)
+	edit(t, path, func(m tree) { m["tokens"] = tree{} })
+	rewrite(t, path, primaryAt, func(b []byte) { setSeqID(b, 100); clear(b[offSubsystem : offSubsystem+lenSubsystem]) })
+	old := read(t, path, secondaryAt, 0x4000)
+	edit(t, path, func(m tree) { m["keyslots"] = tree{}; m.At("digests", "0")["keyslots"] = []any{} })
+	write(t, path, secondaryAt, old)
+	if i := inspected(t, path); i.Pass() || i.Kind != KindLUKS2 || i.Ours || !slices.Equal(i.Reasons, []string{"there are no keyslots"}) {
+		t.Errorf("%+v", i)
+	}
+}
+
+// Facts of a header that is refused are shown too: a size that is none is 0.
+func TestKeySizesThatAreNone(t *testing.T) {
+	t.Parallel()
+
+	for size, want := range map[int64]int{64: 512, 0: 0, -64: 0, 1<<20 + 1: 0, 1 << 62: 0} {
+		path := volume(t)
+		edit(t, path, func(m tree) { m.At("keyslots", "0")["key_size"] = size })
+		if h := inspected(t, path).Header; h.KeySize != want || h.Keyslots[0].KeySize != want {
+			t.Errorf("%d bytes: %d, %+v", size, h.KeySize, h.Keyslots)
+		}
 	}
 }
 

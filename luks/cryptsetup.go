@@ -76,7 +76,7 @@ func runCryptsetup(ctx context.Context, stdin []byte, args ...string) (string, e
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		if known, ok := exitCodes[exit.ExitCode()]; ok {
-			err = fmt.Errorf("exit status %d: %w", exit.ExitCode(), known)
+			err = fmt.Errorf("%w: %w", err, known) // "exit status 1: wrong parameters …"
 		}
 	} else if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
 		err = fmt.Errorf("%w: %w", ErrNoCryptsetup, err)

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
 )
 
 // What a power cut inside Format leaves. The writes were measured, with cryptsetup 2.6.1 on an image of 40 MiB, by
@@ -52,7 +54,7 @@ type disk struct {
 }
 
 func blankDisk() disk {
-	return disk{make([]byte, KeyslotsOffset), make([]byte, dataOffset-KeyslotsOffset)}
+	return disk{make([]byte, KeyslotsOffset), make([]byte, DataOffset-KeyslotsOffset)}
 }
 
 func (d disk) ReadAt(b []byte, at int64) (int, error) {
@@ -128,21 +130,21 @@ func formatWrites(t *testing.T) ([]flushed, disk) {
 		t.Fatalf("Format ran cryptsetup %q: measure its writes again", verbs)
 	}
 	bare, whole := content(t, bareFile), content(t, path)
-	if len(bytes.Trim(whole[dataOffset:], "\x00")) != 0 {
+	if len(bytes.Trim(whole[DataOffset:], "\x00")) != 0 {
 		t.Fatal("Format wrote behind 16 MiB: measure its writes again")
 	}
-	done := disk{whole[:KeyslotsOffset], whole[KeyslotsOffset:dataOffset]}
+	done := disk{whole[:KeyslotsOffset], whole[KeyslotsOffset:DataOffset]}
 
 	// Noise like the rest, where the key slot now is.
 	noise := bytes.Clone(done.rest)
 	copy(noise, noise[1<<20:1<<20+areaBytes])
 
 	flushes := []flushed{{name: "zeros"}, {name: "noise"}}
-	for at := int64(0); at < dataOffset; at += 1 << 20 {
+	for at := int64(0); at < DataOffset; at += 1 << 20 {
 		flushes[0].writes = append(flushes[0].writes, patch{at, make([]byte, 1<<20)})
 	}
-	for at := int64(KeyslotsOffset); at < dataOffset; at += 1 << 20 {
-		flushes[1].writes = append(flushes[1].writes, patch{at, noise[at-KeyslotsOffset : min(at+1<<20, dataOffset)-KeyslotsOffset]})
+	for at := int64(KeyslotsOffset); at < DataOffset; at += 1 << 20 {
+		flushes[1].writes = append(flushes[1].writes, patch{at, noise[at-KeyslotsOffset : min(at+1<<20, DataOffset)-KeyslotsOffset]})
 	}
 	copies := func(name string, image []byte, change func([]byte)) {
 		for n, at := range []int64{primaryAt, secondaryAt} {
@@ -158,9 +160,9 @@ func formatWrites(t *testing.T) ([]flushed, disk) {
 		if !found {
 			t.Fatalf("the order of the JSON is another: %s", text)
 		}
-		setText(b, []byte(text))
+		lukstest.SetText(b, []byte(text))
 		setSeqID(b, 2)
-		seal(b)
+		lukstest.Seal(b)
 	})
 	flushes = append(flushes, flushed{"slot", []patch{{KeyslotsOffset, done.rest[:253952]}, {KeyslotsOffset + 253952, done.rest[253952:slotBytes]}}})
 	copies("seq 3", bare, func([]byte) {})

@@ -64,6 +64,10 @@ func format(ctx context.Context, path string, o FormatOptions, k Key) error {
 	if err != nil {
 		return err
 	}
+	if bare.Kind != KindLUKS2 {
+		// cryptsetup was content, and the disk lies: that is no matter of trust.
+		return fmt.Errorf("%w: the header that was written is not there (found: %s)", unix.EIO, bare.Kind)
+	}
 	if bare.checked == nil || !slices.Equal(bare.Reasons, []string{reasonNoToken}) {
 		return &HeaderError{path, bare.Reasons}
 	}
@@ -121,5 +125,8 @@ func flush(path string) error {
 		return pathCause(err)
 	}
 	defer f.Close()
-	return pathCause(f.Sync())
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("cannot flush what was written: %w", pathCause(err))
+	}
+	return nil
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"os"
 	"os/exec"
@@ -13,6 +12,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
 )
 
 const (
@@ -161,59 +162,26 @@ func rewrite(t testing.TB, path string, at int64, edit func(copy []byte)) {
 	t.Helper()
 	b := read(t, path, at, 0x4000)
 	edit(b)
-	seal(b)
+	lukstest.Seal(b)
 	write(t, path, at, b)
-}
-
-func seal(b []byte) {
-	sum := checksum(b[:binarySize], b[binarySize:])
-	clear(b[offChecksum : offChecksum+lenChecksum])
-	copy(b[offChecksum:], sum[:])
-}
-
-// setText replaces the JSON of a copy.
-func setText(b, text []byte) {
-	clear(b[binarySize:])
-	copy(b[binarySize:], text)
 }
 
 // editText changes the JSON text of both copies.
 func editText(t testing.TB, path string, edit func(string) string) {
 	t.Helper()
-	for _, at := range []int64{primaryAt, secondaryAt} {
-		rewrite(t, path, at, func(b []byte) {
-			setText(b, []byte(edit(string(trimNUL(b[binarySize:])))))
-		})
+	if err := lukstest.EditText(path, func(s string) (string, error) { return edit(s), nil }); err != nil {
+		t.Fatal(err)
 	}
 }
 
-// tree is decoded JSON, with short ways into it.
-type tree map[string]any
-
-func (m tree) at(keys ...string) tree {
-	for _, k := range keys {
-		m = m[k].(map[string]any)
-	}
-	return m
-}
+type tree = lukstest.Tree
 
 // edit changes the JSON of both copies.
 func edit(t testing.TB, path string, change func(tree)) {
 	t.Helper()
-	editText(t, path, func(text string) string {
-		d := json.NewDecoder(strings.NewReader(text))
-		d.UseNumber()
-		var m tree
-		if err := d.Decode(&m); err != nil {
-			t.Fatal(err)
-		}
-		change(m)
-		b, err := json.Marshal(m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
-	})
+	if err := lukstest.Edit(path, change); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func setSeqID(b []byte, n uint64) { binary.BigEndian.PutUint64(b[offSeqID:], n) }

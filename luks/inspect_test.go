@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
 )
 
 func TestKinds(t *testing.T) {
@@ -73,7 +76,7 @@ func TestKinds(t *testing.T) {
 		}, KindLUKS1},
 		{"no keyslots", func(t *testing.T) string {
 			path := volume(t)
-			edit(t, path, func(m tree) { m["keyslots"], m["tokens"] = tree{}, tree{}; m.at("digests", "0")["keyslots"] = []any{} })
+			edit(t, path, func(m tree) { m["keyslots"], m["tokens"] = tree{}, tree{}; m.At("digests", "0")["keyslots"] = []any{} })
 			return path
 		}, KindEmpty},
 		{"no keyslots, primary damaged", func(t *testing.T) string {
@@ -82,6 +85,16 @@ func TestKinds(t *testing.T) {
 			flip(t, path, 5000)
 			return path
 		}, KindEmpty},
+		{"no keyslots, primary damaged, three secondaries", func(t *testing.T) string {
+			path := volume(t)
+			edit(t, path, func(m tree) { m["keyslots"] = tree{} })
+			text := lukstest.Text(read(t, path, secondaryAt, 0x4000))
+			flip(t, path, 5000)
+			for _, place := range headerSizes[1:3] {
+				write(t, path, place, lukstest.New(int(place), int(place), testUUID, text))
+			}
+			return path
+		}, KindLUKS2},
 		// Somebody erased the slots of a volume that held data, and a cut came between.
 		{"no keyslots in the newer copy only", func(t *testing.T) string {
 			path := volume(t)
@@ -95,6 +108,11 @@ func TestKinds(t *testing.T) {
 		{"keyslots missing", func(t *testing.T) string {
 			path := volume(t)
 			edit(t, path, func(m tree) { delete(m, "keyslots") })
+			return path
+		}, KindLUKS2},
+		{"no keyslots, and a null", func(t *testing.T) string {
+			path := volume(t)
+			edit(t, path, func(m tree) { m["keyslots"], m.At("segments", "0")["integrity"] = tree{}, nil })
 			return path
 		}, KindLUKS2},
 		{"keyslots a list", func(t *testing.T) string {
@@ -150,7 +168,7 @@ func TestTwoCopies(t *testing.T) {
 		{"secondary of another size", func(t *testing.T, p string) {
 			b := read(t, p, secondaryAt, 0x8000) // with what now would be its JSON area: keyslots
 			b[offSize+6] = 0x80
-			seal(b)
+			lukstest.Seal(b)
 			write(t, p, secondaryAt, b)
 		}, "", false, true},
 		{"secondary older", func(t *testing.T, p string) { older(t, p, secondaryAt) }, "", false, true},
@@ -166,7 +184,7 @@ func TestTwoCopies(t *testing.T) {
 		}, "copies differ", false, false},
 		{"JSONs differ", func(t *testing.T, p string) {
 			rewrite(t, p, secondaryAt, func(b []byte) {
-				setText(b, bytes.Replace(trimNUL(b[binarySize:]), []byte("us-east-1"), []byte("us-east-2"), 1))
+				lukstest.SetText(b, bytes.Replace(trimNUL(b[binarySize:]), []byte("us-east-1"), []byte("us-east-2"), 1))
 			})
 		}, "copies differ", false, false},
 		{"secondary's JSON malformed", func(t *testing.T, p string) {
@@ -190,7 +208,7 @@ func TestTwoCopies(t *testing.T) {
 			big := make([]byte, 0x8000)
 			copy(big, b)
 			big[offSize+6], big[offOffset+6] = 0x80, 0x80
-			seal(big)
+			lukstest.Seal(big)
 			write(t, p, 0x8000, big)
 			flip(t, p, 5000)
 		}, "several secondary", false, false},
@@ -272,12 +290,29 @@ func TestInspectRefusesOtherThings(t *testing.T) {
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	socket, link, loop := filepath.Join(dir, "socket"), filepath.Join(dir, "link"), filepath.Join(dir, "loop")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := errors.Join(os.Symlink(fifo, link), os.Symlink(loop, loop)); err != nil {
+		t.Fatal(err)
+	}
 	begin := time.Now()
-	for _, path := range []string{dir, fifo, "/dev/null", filepath.Join(dir, "none")} {
+	for _, path := range []string{dir, fifo, socket, link, loop, "/dev/null", "/dev/zero", filepath.Join(dir, "none")} {
 		i, err := Inspect(path)
 		if err == nil || i != nil || strings.Count(err.Error(), path) != 1 {
 			t.Errorf("%s: %v", path, err)
 		}
+	}
+	// Links to devices are how people name them.
+	good := filepath.Join(dir, "good")
+	if err := os.Symlink(volume(t), good); err != nil {
+		t.Fatal(err)
+	}
+	if i := inspected(t, good); !i.Pass() || i.Path != good {
+		t.Errorf("through a link: %+v", i)
 	}
 	if _, err := Inspect(filepath.Join(dir, "none")); !errors.Is(err, os.ErrNotExist) {
 		t.Error(err)
@@ -313,18 +348,16 @@ func FuzzInspect(f *testing.F) {
 			disk = bytes.Clone(good)
 			for _, at := range []int{primaryAt, secondaryAt} {
 				b := disk[at : at+0x4000]
-				setText(b, input)
-				seal(b)
+				lukstest.SetText(b, input)
+				lukstest.Seal(b)
 			}
 		}
 		size := int64(imageSize)
 		if !asText {
 			size = int64(len(disk))
 		}
-		i, err := inspect(holes{disk, size}, size)
-		if err != nil {
-			t.Fatal(err)
-		}
+		i := bounded(t, holes{disk, size})
+		seenByCryptsetup(t, i, holes{disk, size})
 		if i.Pass() != (i.Kind == KindLUKS2 && len(i.Reasons) == 0) {
 			t.Errorf("pass %v with kind %s and reasons %q", i.Pass(), i.Kind, i.Reasons)
 		}

@@ -36,7 +36,7 @@ type mapper struct {
 
 func kernelMapper() mapper {
 	return mapper{
-		create:  func(v *luksgo.Volume, name string) error { return v.SetupMapper(name) },
+		create:  createMapping,
 		remove:  luksgo.Lock,
 		info:    devmapper.InfoByName,
 		targets: kernelTargets,
@@ -53,8 +53,22 @@ func blockNumber(path string) (uint64, bool) {
 	return st.Rdev, true
 }
 
-// explain turns the kernel's answer to a creation into one of our errors. luks.go has removed what it created, except where the
-// last of its three steps failed, which takes a kernel without memory.
+// Announce lets udev look at a mapping again. Where the disk could not be read when the mapping was made, udev knows of no filesystem
+// on it, and systemd does not take it for a device that can be mounted, also when the disk is well again.
+func Announce(name string) error {
+	number, ok := blockNumber(filepath.Join(nodeDir, name))
+	if !ok {
+		return fmt.Errorf("cannot announce %s: %w", name, ErrNotOpen)
+	}
+	event := fmt.Sprintf("/sys/dev/block/%d:%d/uevent", unix.Major(number), unix.Minor(number))
+	if err := os.WriteFile(event, []byte("change"), 0); err != nil {
+		return fmt.Errorf("cannot announce %s: %w", name, err)
+	}
+	return nil
+}
+
+// explain turns the kernel's answer to a creation into one of our errors. What was created is removed by then, except where the
+// last of the three steps failed, which takes a kernel without memory.
 func (dm mapper) explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):

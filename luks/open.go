@@ -56,8 +56,8 @@ func (i *Inspection) verify(k Key) error {
 	return nil
 }
 
-// Open verifies the volume like [Inspection.Verify], maps it as /dev/mapper/NAME and waits for that node, for a minute
-// or until ctx ends. It runs no program. On an error nothing stays mapped.
+// Open verifies the volume like [Inspection.Verify], checks that its header still is on the disk, maps it as /dev/mapper/NAME and waits
+// for that node, for a minute or until ctx ends. It runs no program. On an error nothing stays mapped.
 //
 // Errors are those of Verify, [ErrBusy] (the name or the device is in use) and [ErrNoDMCrypt].
 func (i *Inspection) Open(ctx context.Context, k Key, o OpenOptions) error {
@@ -79,6 +79,9 @@ func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) 
 		return err
 	}
 	defer wipe(v)
+	if err := i.unchanged(); err != nil {
+		return err
+	}
 
 	// By number, not by path: it is the device that was read, whatever a link says by now; and a path could have a space, which
 	// would be another field of the table.
@@ -108,6 +111,21 @@ func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) 
 			return fmt.Errorf("%w (and the mapping could not be removed: %w)", err, undo)
 		}
 		return err
+	}
+	return nil
+}
+
+// unchanged reads the header again. Between the inspection and the key lies an answer of KMS, so maybe minutes, in which somebody may have
+// written to the disk, or another disk have taken its name.
+func (i *Inspection) unchanged() error {
+	now, err := inspectPath(i.Path)
+	switch {
+	case err != nil:
+		return err
+	case now.device != i.device, now.Size != i.Size:
+		return &HeaderError{i.Path, []string{"it is not the device that was inspected"}}
+	case now.Kind != i.Kind, now.PrimaryDamaged != i.PrimaryDamaged, !equalHeaders(i, now):
+		return &HeaderError{i.Path, append([]string{"the header changed after it was inspected"}, now.Reasons...)}
 	}
 	return nil
 }

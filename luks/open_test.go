@@ -57,8 +57,13 @@ func TestOpenMapsWhatWasChecked(t *testing.T) {
 	want := content(t, keyFile)
 
 	i := inspected(t, path)
-	// From here on the disk may say what it likes.
+	// Unsealing reads the disk no more: it may say what it likes.
+	head := read(t, path, 0, headBytes)
 	write(t, path, 0, bytes.Repeat([]byte("x"), headBytes))
+	if err := i.Verify(rightKey()); err != nil {
+		t.Fatal(err)
+	}
+	write(t, path, 0, head)
 	var got *volumeType
 	var key, alias []byte
 	dm := fakeMapper(t)
@@ -82,9 +87,54 @@ func TestOpenMapsWhatWasChecked(t *testing.T) {
 	}
 }
 
+// TestOpenRefusesWhatChanged: between the inspection and the key somebody had the time to write to the disk.
+func TestOpenRefusesWhatChanged(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		change func(path string)
+		want   string
+	}{
+		{"tampered", func(path string) {
+			edit(t, path, func(m tree) { m.At("segments", "0")["encryption"] = "cipher_null-ecb" })
+		}, "the header changed after it was inspected; segment 0: cipher"},
+		{"another header that passes", func(path string) {
+			edit(t, path, func(m tree) { m.At("segments", "0")["sector_size"] = 512 })
+		}, "the header changed"},
+		{"another volume", func(path string) {
+			o := testOptions()
+			o.UUID = "11111111-2222-4333-8444-555555555555"
+			write(t, path, 0, make([]byte, headBytes))
+			if err := Format(t.Context(), path, o, rightKey()); err != nil {
+				t.Fatal(err)
+			}
+		}, "the header changed"},
+		{"the key slot", func(path string) { flip(t, path, KeyslotsOffset+7) }, "the header changed"},
+		{"the primary copy", func(path string) { flip(t, path, binarySize+7) }, "the header changed"},
+		{"wiped", func(path string) { write(t, path, 0, make([]byte, headBytes)) }, "the header changed"},
+		{"another size", func(path string) {
+			if err := os.Truncate(path, imageSize+4096); err != nil {
+				t.Fatal(err)
+			}
+		}, "it is not the device that was inspected"},
+	} {
+		path := volume(t)
+		i := inspected(t, path)
+		test.change(path)
+		dm := fakeMapper(t)
+		dm.create = func(*volumeType, string) error {
+			t.Errorf("%s: it was mapped", test.name)
+			return nil
+		}
+		err := i.open(t.Context(), rightKey(), OpenOptions{Name: "x"}, dm)
+		if got := reasons(t, err); !strings.HasPrefix(got, test.want) {
+			t.Errorf("%s: %s", test.name, got)
+		}
+	}
+}
+
 func TestOpenFixedSize(t *testing.T) {
 	path := volume(t)
-	edit(t, path, func(m tree) { m.at("segments", "0")["size"] = "8192" })
+	edit(t, path, func(m tree) { m.At("segments", "0")["size"] = "8192" })
 	i := inspected(t, path)
 	mac, err := i.checked.mac(rightKey(), 1) // as if it had been formatted so
 	if err != nil {
@@ -113,7 +163,7 @@ func TestOpenFlags(t *testing.T) {
 	} {
 		path := volume(t)
 		if c.persistent != nil {
-			edit(t, path, func(m tree) { m.at("config")["flags"] = c.persistent })
+			edit(t, path, func(m tree) { m.At("config")["flags"] = c.persistent })
 		}
 		var got []string
 		dm := fakeMapper(t)

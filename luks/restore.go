@@ -48,13 +48,18 @@ func restorePrimary(ctx context.Context, path string) error {
 	return flush(path)
 }
 
-// sameHeader compares everything that opening depends on, and the facts.
+// sameHeader says why a header is not what it was before its primary copy was restored.
 func sameHeader(before, after *Inspection) error {
 	if after.PrimaryDamaged || after.SecondaryDamaged {
 		return errors.New("a header copy still is damaged")
 	}
-	if !reflect.DeepEqual(before.Header, after.Header) || !reflect.DeepEqual(before.checked, after.checked) || !bytes.Equal(before.area, after.area) {
+	if !equalHeaders(before, after) {
 		return errors.New("the header is another one than before the restore")
 	}
 	return nil
+}
+
+// equalHeaders compares the facts and everything that opening depends on.
+func equalHeaders(a, b *Inspection) bool {
+	return reflect.DeepEqual(a.Header, b.Header) && reflect.DeepEqual(a.checked, b.checked) && bytes.Equal(a.area, b.area)
 }

@@ -46,7 +46,7 @@ func TestRestorePrimaryRefuses(t *testing.T) {
 		change     func(t *testing.T, path string)
 	}{
 		{"the secondary is refused", "sector size 0", func(t *testing.T, path string) {
-			edit(t, path, func(m tree) { m.at("segments", "0")["sector_size"] = 0 })
+			edit(t, path, func(m tree) { m.At("segments", "0")["sector_size"] = 0 })
 			flip(t, path, 5000)
 		}},
 		{"not ours", reasonNoToken, func(t *testing.T, path string) {

@@ -50,13 +50,13 @@ func TestMACBindsTheHeader(t *testing.T) {
 	}
 	for name, change := range map[string]func(t *testing.T, path string){
 		"sector size": func(t *testing.T, path string) {
-			edit(t, path, func(m tree) { m.at("segments", "0")["sector_size"] = 512 })
+			edit(t, path, func(m tree) { m.At("segments", "0")["sector_size"] = 512 })
 		},
 		"offset": func(t *testing.T, path string) {
-			edit(t, path, func(m tree) { m.at("segments", "0")["offset"] = "16781312" })
+			edit(t, path, func(m tree) { m.At("segments", "0")["offset"] = "16781312" })
 		},
 		"size": func(t *testing.T, path string) {
-			edit(t, path, func(m tree) { m.at("segments", "0")["size"] = "4096" })
+			edit(t, path, func(m tree) { m.At("segments", "0")["size"] = "4096" })
 		},
 		"UUID": func(t *testing.T, path string) {
 			for _, at := range []int64{primaryAt, secondaryAt} {
@@ -64,10 +64,10 @@ func TestMACBindsTheHeader(t *testing.T) {
 			}
 		},
 		"name of the digest": func(t *testing.T, path string) {
-			edit(t, path, func(m tree) { m["digests"] = tree{"1": m.at("digests", "0")} })
+			edit(t, path, func(m tree) { m["digests"] = tree{"1": m.At("digests", "0")} })
 		},
 		"MAC itself": func(t *testing.T, path string) {
-			edit(t, path, func(m tree) { m.at("tokens", "0")["mac"] = strings.Repeat("A", 43) + "=" })
+			edit(t, path, func(m tree) { m.At("tokens", "0")["mac"] = strings.Repeat("A", 43) + "=" })
 		},
 		"the token of another volume of the same key": func(t *testing.T, path string) {
 			other, _ := otherVolume(t)
@@ -104,9 +104,9 @@ func TestMACBindsTheHeader(t *testing.T) {
 func TestMACLeavesOut(t *testing.T) {
 	path := volume(t)
 	edit(t, path, func(m tree) {
-		m.at("tokens", "0")["key_arn"] = "arn:aws:kms:us-east-1:111122223333:key/another"
-		m.at("tokens", "0")["wrapped_key"] = "AAAA"
-		m.at("config")["flags"] = []any{"allow-discards"}
+		m.At("tokens", "0")["key_arn"] = "arn:aws:kms:us-east-1:111122223333:key/another"
+		m.At("tokens", "0")["wrapped_key"] = "AAAA"
+		m.At("config")["flags"] = []any{"allow-discards"}
 	})
 	if i := inspected(t, path); i.Verify(rightKey()) != nil || i.Header.Token.KeyARN != "arn:aws:kms:us-east-1:111122223333:key/another" {
 		t.Errorf("%v", i.Verify(rightKey()))
@@ -121,7 +121,7 @@ func TestDamagedKeyslot(t *testing.T) {
 		"area": func(t *testing.T, path string) { flip(t, path, 32768+1000) },
 		"salt": func(t *testing.T, path string) {
 			edit(t, path, func(m tree) {
-				m.at("keyslots", "0", "kdf")["salt"] = m.at("digests", "0")["salt"]
+				m.At("keyslots", "0", "kdf")["salt"] = m.At("digests", "0")["salt"]
 			})
 		},
 	} {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"os/exec"
 	"strings"
 	"syscall"
 
@@ -59,6 +60,7 @@ func exitCode(err error) int {
 		record  *keycache.RecordError
 		header  *luks.HeaderError
 		mount   *systemd.MountError
+		program *exec.ExitError
 		errno   syscall.Errno
 	)
 	switch {
@@ -105,7 +107,7 @@ func exitCode(err error) int {
 	case errors.As(err, &record):
 		return exitRefused
 	case errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy),
-		errors.Is(err, fs.ErrNotExist), errors.As(err, &errno):
+		errors.Is(err, fs.ErrNotExist), errors.As(err, &program), errors.As(err, &errno):
 		return exitDevice
 	}
 	return exitInternal

@@ -1,9 +1,13 @@
 package main
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
+	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -40,9 +44,12 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{kms(keycache.ReasonKeyState), 4, false},
 		{kms(keycache.ReasonWrongRegion), 4, false},
 		{kms(keycache.ReasonCiphertext), 4, false},
+		{kms(keycache.ReasonAnswer), 4, false},
+		{fmt.Errorf("x: %w", keycache.ErrOtherKey), 4, false},
 		{kms(keycache.ReasonUnavailable), 5, false},
 		{kms(keycache.ReasonIMDS), 5, false},
 		{kms(keycache.ReasonNoCredentials), 5, false},
+		{kms(keycache.ReasonClock), 5, false},
 		{fmt.Errorf("x: %w", keycache.ErrLocked), 5, false},
 		{refused(agent.RefusedDevice), 6, false},
 		{store(syscall.ENOSPC), 6, false},
@@ -52,6 +59,7 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{fmt.Errorf("x: %w", volumes.ErrChanged), 6, true},
 		{fmt.Errorf("x: %w", luks.ErrBusy), 6, false},
 		{fmt.Errorf("x: %w", syscall.EIO), 6, true},
+		{fmt.Errorf("x: %w", &exec.ExitError{}), 6, true},
 		{&luks.HeaderError{Path: "/dev/x", Reasons: []string{"x"}}, 7, false},
 		{luks.ErrWrongKey, 7, false},
 		{refused(agent.RefusedHeader), 7, false},
@@ -70,6 +78,36 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		}
 		if hint(tc.err) == "" {
 			t.Errorf("%T %v names no remedy", tc.err, tc.err)
+		}
+	}
+}
+
+// TestRemediesOfWhatMayPass: each is for its own cause, and says that nobody has to start the service again.
+func TestRemediesOfWhatMayPass(t *testing.T) {
+	unavailable := func(code string, cause error) error {
+		return &keycache.Error{Op: "Decrypt", Reason: keycache.ReasonUnavailable, Code: code, Err: cause}
+	}
+	for _, c := range []struct {
+		err  error
+		says string
+	}{
+		{unavailable("", errors.New("x")), "route, DNS and security groups"},
+		{unavailable("", &net.DNSError{Err: "no such host"}), "cannot be resolved"},
+		{unavailable("", &tls.CertificateVerificationError{Err: errors.New("x")}), "certificate"},
+		{unavailable("ThrottlingException", errors.New("x")), "quota"},
+		{unavailable("Throttling", errors.New("x")), "quota"},
+		{unavailable("LimitExceededException", errors.New("x")), "quota"},
+		{unavailable("RequestLimitExceeded", errors.New("x")), "quota"},
+		{unavailable("TooManyRequestsException", errors.New("x")), "quota"},
+		{unavailable("KMSInternalException", errors.New("x")), "AWS Health"},
+		{unavailable("KeyUnavailableException", errors.New("x")), "custom key store"},
+		{&keycache.Error{Reason: keycache.ReasonNoCredentials, Code: "HTTP404", Err: errors.New("x")}, "instance profile"},
+		{&keycache.Error{Reason: keycache.ReasonNoCredentials, Code: "ExpiredTokenException", RequestID: "x", Err: errors.New("x")}, "does not accept the role's credentials"},
+		{&keycache.Error{Reason: keycache.ReasonClock, Code: "RequestExpired", RequestID: "x", Err: errors.New("x")}, "clock"},
+		{&keycache.Error{Reason: keycache.ReasonIMDS, Err: errors.New("x")}, "hop limit"},
+	} {
+		if got := hint(c.err); !strings.Contains(got, c.says) || !strings.HasSuffix(got, triesAgain) {
+			t.Errorf("%v: %q, want %q in it and %q at its end", c.err, got, c.says, triesAgain)
 		}
 	}
 }

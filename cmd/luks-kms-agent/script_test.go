@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"flag"
 	"os"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
 )
 
 // update makes the scripts' expected output that of today: make update-golden.
@@ -34,6 +36,7 @@ func TestScripts(t *testing.T) {
 			"disk":       disk,
 			"our-volume": ourVolume,
 			"cipher":     cipher,
+			"attacks":    attacks,
 		},
 	})
 }
@@ -93,4 +96,39 @@ func cipher(ts *testscript.TestScript, _ bool, args []string) {
 	text := strings.ReplaceAll(string(data[:32<<10]), `"aes-xts-plain64"`, `"cipher_null-ecb"`)
 	copy(data, text)
 	ts.Check(os.WriteFile(path, data, 0o600))
+}
+
+// attacks makes each attack on a copy of a volume of ours and wants inspect to refuse it with exit code 7 and the reason. The attacks
+// that only the MAC sees need the key: inspect lets them pass, `run` refuses them (agent's TestAttacksInRun).
+func attacks(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: attacks VOLUME")
+	}
+	head := []byte(ts.ReadFile(args[0]))[:1<<20]
+	refused := 0
+	for _, a := range lukstest.Attacks() {
+		path := ts.MkAbs("attacked.img")
+		ts.Check(os.WriteFile(path, head, 0o600))
+		ts.Check(os.Truncate(path, 17<<20))
+		ts.Check(a.Do(path))
+		before, err := os.ReadFile(path)
+		ts.Check(err)
+		want := "0"
+		if a.Reason != "" {
+			want = "7"
+			refused++
+		}
+		exits(ts, false, []string{want, "luks-kms-agent", "inspect", "attacked.img"})
+		if !strings.Contains(ts.ReadFile("stdout"), a.Reason) || !strings.Contains(ts.ReadFile("stderr"), a.Reason) {
+			ts.Fatalf("%s: nothing says %q", a.Name, a.Reason)
+		}
+		after, err := os.ReadFile(path)
+		ts.Check(err)
+		if !bytes.Equal(before, after) {
+			ts.Fatalf("%s: the image was changed", a.Name)
+		}
+	}
+	if refused < 20 {
+		ts.Fatalf("only %d attacks are refused", refused)
+	}
 }

@@ -82,6 +82,7 @@ type KMS struct {
 	denied       map[string]bool
 	calls        []Call
 	allowContext bool
+	ahead        time.Duration
 	imds         *IMDS
 	arn          string
 }
@@ -176,6 +177,14 @@ func (k *KMS) Trust(m *IMDS) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.imds = m
+}
+
+// SetClock puts KMS's clock ahead of the machine's. KMS answers with its own
+// time, and refuses a signature that is more than 5 minutes off.
+func (k *KMS) SetClock(ahead time.Duration) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.ahead = ahead
 }
 
 // AllowContext stops calls with an encryption context from failing the test.
@@ -276,6 +285,7 @@ func (k *KMS) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		call.Code = refusal.code
 	}
 	k.calls = append(k.calls, call)
+	w.Header().Set("Date", time.Now().Add(k.ahead).UTC().Format(http.TimeFormat))
 	k.mu.Unlock()
 
 	if fault != nil {
@@ -339,6 +349,10 @@ func (k *KMS) serve(op string, in request, r *http.Request) (map[string]any, *ap
 	access, region := signer(r)
 	if access == "" {
 		return nil, refuse("MissingAuthenticationTokenException", "Request is missing Authentication Token")
+	}
+	now := time.Now().Add(k.ahead)
+	if signed, err := time.Parse(signingTime, r.Header.Get("X-Amz-Date")); err != nil || now.Sub(signed).Abs() > 5*time.Minute {
+		return nil, refuse("InvalidSignatureException", "Signature expired: %s is not near %s", r.Header.Get("X-Amz-Date"), now.UTC().Format(signingTime))
 	}
 	if region != Region {
 		return nil, refuse("InvalidSignatureException", "Credential should be scoped to a valid region.")
@@ -477,6 +491,9 @@ func (k *key) bind(context map[string]string) []byte {
 }
 
 func keyPart(arn string) string { return arn[strings.LastIndex(arn, "/")+1:] }
+
+// signingTime is the layout of X-Amz-Date.
+const signingTime = "20060102T150405Z"
 
 var scope = regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=([^/]+)/\d{8}/([^/]+)/kms/aws4_request, `)
 

@@ -5,13 +5,11 @@ package vm_test
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/proxy"
 )
-
-// quick makes the agent give up soon where it would go on trying.
-const quick = "retry_limit: 1s\ncall_timeout: 1s\n"
 
 // badInput is one thing that is wrong with a node, and what must come of it.
 type badInput struct {
@@ -25,12 +23,13 @@ type badInput struct {
 	run    func() harness.Result // instead of `run` with the configuration
 }
 
-// TestBadInput: whatever is wrong, the exit code and the remedy are right, no disk is written to and no record is lost.
+// TestBadInput: whatever is wrong on the node, the exit code and the remedy are right, no disk is written to and no record is
+// lost. What can be wrong with AWS is in TestNetworkFaults.
 func TestBadInput(t *testing.T) {
 	t.Parallel()
 	n := harness.NewNode(t, assets, "", ssd1, ebs1)
 	n.Provide(harness.ConfigFile, 0o600, "kms_key: [\n") // the service at boot is the first to meet bad input
-	n.Boot()
+	n.Resume()
 	if code := n.AwaitAgent(); code != "2" {
 		t.Errorf("the service ended with exit code %s, want 2:\n%s", code, n.Journal())
 	}
@@ -40,8 +39,6 @@ func TestBadInput(t *testing.T) {
 			tryBadInput(t, n, c)
 		}
 	}
-	try(badKeys(n))
-	try(badIdentity(n))
 	try(badConfigurations(n))
 	try(badPrograms(n))
 
@@ -52,19 +49,9 @@ func TestBadInput(t *testing.T) {
 	n.Sh("luks-kms-agent lock && rm -rf /root/good && cp -a /var/lib/luks-kms-agent /root/good")
 	n.KMS.Forget()
 	try(badRecords(n))
-	try([]badInput{
-		{what: "KMS denies Decrypt of a volume with data", config: n.Config(""), code: 4, says: []string{"kms:Decrypt"},
-			before: func() { n.KMS.Inject(denied) }, after: func() { n.KMS.Inject() }},
-		{what: "KMS is away", config: n.Config(quick), code: 5, says: []string{"route", "KMS"},
-			before: func() { n.KMS.Inject(down) }, after: func() { n.KMS.Inject() }},
-		{what: "KMS does not answer", config: n.Config(quick), code: 5, says: []string{"route", "KMS"},
-			before: func() { n.KMS.Inject(proxy.Fault{Kind: proxy.Hang}) }, after: func() { n.KMS.Inject() }},
-		{what: "KMS throttles", config: n.Config(quick), code: 5,
-			before: func() { n.KMS.Inject(proxy.Fault{Kind: proxy.Throttle}) }, after: func() { n.KMS.Inject() }},
-	})
 	try(badStateDirs(n))
 	// Everything is as it was: the volumes open.
-	n.Sh("luks-kms-agent unlock")
+	twoAtOnce(t, n)
 	wantMounted(t, n, "/mnt", "/mnt1")
 	n.Sh("mkdir -m 0700 /mnt1/state /srv/bind && mount --bind /mnt1/state /srv/bind")
 	try([]badInput{{what: "state directory on a managed volume, by a bind mount", config: n.Config("state_dir: /srv/bind\n"), open: true,
@@ -107,54 +94,15 @@ func tryBadInput(t *testing.T, n *harness.Node, c badInput) {
 	}
 }
 
-func badKeys(n *harness.Node) []badInput {
-	const arn = "arn:aws:kms:" + harness.Region + ":" + harness.Account + ":key/"
-	id := func(arn string) string { return arn[strings.LastIndex(arn, "/")+1:] }
-	rsa := n.CreateKey(map[string]string{"KeySpec": "RSA_2048", "KeyUsage": "ENCRYPT_DECRYPT"})
-	symmetric := map[string]string{"KeySpec": "SYMMETRIC_DEFAULT"}
-	aws, disabled, deleted := n.CreateKey(symmetric), n.CreateKey(symmetric), n.CreateKey(symmetric)
-	n.KMS.ManageByAWS(id(aws))
-	n.Administer("DisableKey", map[string]any{"KeyId": disabled}, nil)
-	n.Administer("ScheduleKeyDeletion", map[string]any{"KeyId": deleted, "PendingWindowInDays": 7}, nil)
-	well := func() {
-		n.KMS.Inject()
-		n.KMS.PendingDeletionIsDisabled(false)
-	}
-	// A role without kms:DescribeKey has to find out by using the key.
-	blindly := func() { n.KMS.Inject(proxy.Fault{Kind: proxy.Deny, Ops: []string{"DescribeKey"}}) }
-	return []badInput{
-		{what: "unknown key", config: n.ConfigFor(arn+"00000000-0000-4000-8000-000000000000", ""), code: 4, says: []string{"NotFoundException", "Check kms_key"}},
-		{what: "malformed key", config: n.ConfigFor("not/a/key", ""), code: 2, says: []string{"Correct kms_key"}},
-		{what: "AWS managed key by alias", config: n.ConfigFor("alias/aws/ebs", ""), code: 4, says: []string{"customer managed key"}},
-		{what: "AWS managed key by id", config: n.ConfigFor(aws, ""), code: 4, says: []string{"customer managed key"}},
-		{what: "asymmetric key", config: n.ConfigFor(rsa, ""), code: 4, says: []string{"symmetric key"}},
-		{what: "asymmetric key, no DescribeKey", config: n.ConfigFor(rsa, ""), before: blindly, after: well, code: 4, says: []string{"symmetric key"}},
-		{what: "disabled key", config: n.ConfigFor(disabled, ""), code: 4, says: []string{"Enable the key"}},
-		{what: "disabled key, no DescribeKey", config: n.ConfigFor(disabled, ""), before: blindly, after: well, code: 4, says: []string{"Enable the key"}},
-		{what: "deleted key", config: n.ConfigFor(deleted, ""), code: 4, says: []string{"cancel its deletion"}},
-		{what: "deleted key, no DescribeKey", config: n.ConfigFor(deleted, ""), before: blindly, after: well, code: 4, says: []string{"cancel its deletion"}},
-		{what: "deleted key, as DisabledException", config: n.ConfigFor(deleted, ""), after: well, code: 4, says: []string{"cancel its deletion"},
-			before: func() { blindly(); n.KMS.PendingDeletionIsDisabled(true) }},
-		{what: "wrong region", config: n.Config("region: eu-west-1\n"), code: 4, says: []string{"same region"}},
-	}
-}
-
-func badIdentity(n *harness.Node) []badInput {
-	state := func(s proxy.IMDSState) func() { return func() { n.IMDS.Set(s) } }
-	return []badInput{
-		{what: "no role", config: n.Config(quick), before: state(proxy.NoRole), after: state(proxy.Well), code: 5, says: []string{"instance profile"}},
-		{what: "IMDS off", config: n.Config(quick), before: state(proxy.Off), after: state(proxy.Well), code: 5, says: []string{"IMDSv2 must be on"}},
-		{what: "hop limit", config: n.Config(quick), before: state(proxy.FarHop), after: state(proxy.Well), code: 5, says: []string{"hop limit"}},
-		{what: "IMDS down", config: n.Config(quick), before: state(proxy.Down), after: state(proxy.Well), code: 5, says: []string{"IMDSv2"}},
-	}
-}
-
 func badConfigurations(n *harness.Node) []badInput {
 	return []badInput{
 		{what: "not YAML", config: "kms_key: x\nvolumes: [\n", code: 2, says: []string{"/root/bad.yaml:", "Correct /root/bad.yaml"}},
 		{what: "unknown field", config: n.Config("kms_ky: x\n"), code: 2, says: []string{"/root/bad.yaml:3:", `"kms_ky"`, "key_scope"}},
 		{what: "wrong value", config: n.Config("key_scope: disk\n"), code: 2, says: []string{"/root/bad.yaml:3:", "node, volume"}},
 		{what: "no key", config: "filesystem: xfs\n", code: 2, says: []string{"kms_key is missing"}},
+		{what: "malformed key", config: n.ConfigFor("not/a/key", ""), code: 2, says: []string{"Correct kms_key"}},
+		{what: "AWS managed key by alias", config: n.ConfigFor("alias/aws/ebs", ""), code: 4, says: []string{"customer managed key"}},
+		{what: "wrong region", config: n.Config("region: eu-west-1\n"), code: 4, says: []string{"same region"}},
 		{what: "others may write it", config: n.Config(""), before: func() { n.Sh("chmod 0666 /root/bad.yaml") }, code: 2, says: []string{"0666", "0600"}},
 		{what: "another's", config: n.Config(""), before: func() { n.Sh("chown 1:1 /root/bad.yaml") }, after: func() { n.Sh("chown 0:0 /root/bad.yaml") },
 			code: 2, says: []string{"uid 1", "root"}},
@@ -195,8 +143,20 @@ func badRecords(n *harness.Node) []badInput {
 			before: copied(`sed -i 's/"version": *1/"version": 2/' volumes/* keys/*`)},
 		{what: "unknown field in a record", config: config, code: 3, says: []string{"surprise"},
 			before: copied(`sed -i '1s/{/{"surprise": 1,/' volumes/*`)},
+		{what: "a FIFO and a directory in place of records", config: config, code: 3, says: []string{"it is not a regular file", "Look at the record"},
+			before: copied("set -- volumes/* && rm $1 $2 && mkfifo -m 0600 $1 && mkdir -m 0700 $2")},
+		{what: "another's record, and one that a group may write", config: config, code: 3, says: []string{"owned by user 1, not by 0", "0620"},
+			before: copied("set -- volumes/* && chown 1 $1 && chmod 0620 $2")},
+		{what: "a symbolic link in place of a record", config: config, code: 3, says: []string{"/srv/state/keys/", "it is a symbolic link"},
+			before: copied("set -- keys/* && mv $1 /srv/moved && ln -s /srv/moved $1")},
+		{what: "a symbolic link in place of a directory of records", config: config, code: 6, says: []string{"/srv/state/keys", "it is a symbolic link"},
+			before: copied("rm -rf /srv/keys && mv keys /srv/keys && ln -s /srv/keys keys")},
+		{what: "a symbolic link in place of the state directory", config: n.Config("state_dir: /srv/link\n"), code: 2, says: []string{"/srv/link is a symbolic link to /srv/state"},
+			before: copied("ln -sfn /srv/state /srv/link")},
 		{what: "others may read the state", config: config, code: 6, says: []string{"/srv/state", "0700"},
 			before: copied("chmod 0755 .")},
+		{what: "another's state directory", config: config, code: 6, says: []string{"/srv/state", "owned by user 1, not by 0"},
+			before: copied("chown 1 .")},
 		{what: "the ciphertext of another key", config: config, code: 4, says: []string{"wrapped key"},
 			before: copied(`sed -i 's/\("wrapped_key": *"\)[^"]*/\1AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA/' keys/*`)},
 	}
@@ -216,5 +176,35 @@ func badStateDirs(n *harness.Node) []badInput {
 		{what: "state directory read-only", config: n.Config("state_dir: /srv/tmpfs\n"), code: 6, says: []string{"read-only", "writable"},
 			before: tmpfs("size=1m", "mount -o remount,ro /srv/tmpfs"), after: umount},
 		{what: "state directory on a managed volume", config: n.Config("state_dir: /mnt/state\n"), code: 2, says: []string{"state_dir /mnt/state"}},
+	}
+}
+
+// twoAtOnce: a second agent waits for the first and says so. It gives up after a while, or goes on when the first is done. One that
+// was killed keeps nobody out.
+func twoAtOnce(t *testing.T, n *harness.Node) {
+	t.Helper()
+	n.Write(harness.ConfigFile, 0o600, n.Config("call_timeout: 2s\n"))
+	// first starts an agent that waits for KMS with the records in its hands, and returns its process.
+	first := func() string {
+		n.KMS.Forget()
+		n.KMS.Inject(proxy.Fault{Kind: proxy.Hang})
+		pid := strings.TrimSpace(n.Sh("luks-kms-agent run >/root/first 2>&1 & echo $!"))
+		n.Await("the first agent asks KMS", time.Minute, func() bool { return len(n.KMS.Calls()) > 0 })
+		return pid
+	}
+	pid := first()
+	wantRefusal(t, n.Agent("run"), 5, "waiting for another command", "in use by process "+pid, "Another luks-kms-agent is at work")
+	n.Sh("rm -f /root/code; (luks-kms-agent run >/root/second 2>&1; echo $? >/root/code) &")
+	n.Await("the second agent waits", time.Minute, func() bool { return strings.Contains(string(n.Read("/root/second")), "waiting for another command") })
+	n.KMS.Inject()
+	n.Await("the second agent is done", time.Minute, func() bool { return n.Try("test -s /root/code").Code == 0 })
+	wantRefusal(t, n.Try("cat /root/second; exit $(cat /root/code)"), 0, "2 already open")
+	wantRefusal(t, n.Try("cat /root/first"), 0, "2 unlocked")
+
+	n.Sh("luks-kms-agent lock")
+	n.Sh("kill -KILL " + first())
+	n.KMS.Inject()
+	if r := n.Agent("run"); r.Code != 0 || strings.Contains(r.Stderr, "waiting for another command") {
+		t.Errorf("after an agent was killed: %s", r)
 	}
 }

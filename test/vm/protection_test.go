@@ -20,7 +20,7 @@ func TestForeignDataIsRefused(t *testing.T) {
 	n.MakeExt4("ebs1", "precious")
 	n.Fill("ebs2", harness.DiskSize-5<<20, []byte("a few bytes without any signature"))
 	before := n.Digests(0)
-	n.Boot()
+	n.Resume()
 	if code := n.AwaitAgent(); code != "3" {
 		t.Errorf("the service ended with exit code %s, want 3:\n%s", code, n.Journal())
 	}

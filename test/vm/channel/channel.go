@@ -9,6 +9,8 @@ const (
 	Port = "org.luks-kms-agent.story"
 	// ManifestSerial is the serial of the virtio disk that begins with the JSON of a Manifest.
 	ManifestSerial = "manifest"
+	// BootSerial is the serial of the boot disk where that is on virtio.
+	BootSerial = "boot"
 )
 
 // Op is what a Request asks for.
@@ -62,4 +64,13 @@ type Disk struct {
 	Model  string // NVMe: the model that identify-controller reports
 	Serial string // NVMe: the serial; at most 20 bytes
 	Loop   string // "/dev/loop0": a plain loop device instead of an NVMe disk
+
+	// Table is device-mapper's, put between the storage and what the agent sees; [Storage] in it stands for the virtio disk.
+	// Empty puts nothing between.
+	Table      string
+	SectorSize int  // logical, bytes; 0 leaves it as the virtio disk has it, 512
+	Away       bool // it appears only when the guest program is told to attach it
 }
+
+// Storage stands in a device-mapper table for the disk below.
+const Storage = "STORAGE"

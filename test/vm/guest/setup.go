@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -22,41 +24,164 @@ const appear = time.Minute
 // not its model, so each disk is exported with nvmet and connected over TCP on the loopback address: the kernel's own
 // NVMe target reports whatever model and serial it is told.
 func setup() error {
-	if err := modprobe("virtio_blk"); err != nil {
-		return err
-	}
-	disk, err := virtioDisk(channel.ManifestSerial)
+	manifest, err := readManifest()
 	if err != nil {
 		return err
-	}
-	f, err := os.Open(disk)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	var manifest channel.Manifest
-	if err := json.NewDecoder(f).Decode(&manifest); err != nil {
-		return fmt.Errorf("cannot read the manifest on %s: %w", disk, err)
 	}
 	for _, file := range manifest.Files {
 		if err := put(file.Path, file.Mode, file.Data); err != nil {
 			return err
 		}
 	}
-	var target target
 	for _, d := range manifest.Disks {
-		storage, err := virtioDisk(d.Virtio)
-		if err != nil {
+		if d.Away {
+			continue
+		}
+		if err := show(d); err != nil {
 			return err
 		}
-		if d.Loop != "" {
-			err = loop(d.Loop, storage)
-		} else {
-			err = target.connect(d, storage)
+	}
+	return nil
+}
+
+func readManifest() (channel.Manifest, error) {
+	var manifest channel.Manifest
+	if err := modprobe("virtio_blk"); err != nil {
+		return manifest, err
+	}
+	disk, err := virtioDisk(channel.ManifestSerial)
+	if err != nil {
+		return manifest, err
+	}
+	f, err := os.Open(disk)
+	if err != nil {
+		return manifest, err
+	}
+	defer f.Close()
+	if err := json.NewDecoder(f).Decode(&manifest); err != nil {
+		return manifest, fmt.Errorf("cannot read the manifest on %s: %w", disk, err)
+	}
+	return manifest, nil
+}
+
+// eachDisk does something about disks of the manifest as it is now: the host may have changed it since the boot.
+func eachDisk(names []string, do func(channel.Disk) error) error {
+	manifest, err := readManifest()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		i := slices.IndexFunc(manifest.Disks, func(d channel.Disk) bool { return d.Virtio == name })
+		if i < 0 {
+			return fmt.Errorf("the manifest has no disk %s", name)
 		}
-		if err != nil {
-			return fmt.Errorf("cannot make disk %s: %w", d.Virtio, err)
+		if err := do(manifest.Disks[i]); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// show makes one disk from its storage.
+func show(d channel.Disk) error {
+	storage, err := virtioDisk(d.Virtio)
+	if err == nil && d.Table != "" {
+		storage, err = mapTable(d, storage)
+	}
+	if err == nil && d.SectorSize != 0 {
+		storage, err = resector(d, storage)
+	}
+	switch {
+	case err != nil:
+	case d.Loop != "":
+		err = loop(d.Loop, storage)
+	default:
+		err = connect(d, storage)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot make disk %s: %w", d.Virtio, err)
+	}
+	return nil
+}
+
+// detach takes an NVMe disk away, whoever uses it, and with it what was made below it.
+func detach(d channel.Disk) error {
+	if err := disconnect(d); err != nil {
+		return fmt.Errorf("cannot detach disk %s: %w", d.Virtio, err)
+	}
+	storage, err := virtioDisk(d.Virtio)
+	if err != nil {
+		return err
+	}
+	if d.SectorSize != 0 {
+		err = runProgram("losetup", "--detach", loopOn(storage))
+	}
+	if d.Table != "" {
+		err = errors.Join(err, runProgram("dmsetup", "remove", "--retry", d.Virtio))
+	}
+	return err
+}
+
+// reload gives a disk that has a table the one that the manifest says now, while it is in use.
+func reload(d channel.Disk) error {
+	storage, err := virtioDisk(d.Virtio)
+	if err != nil {
+		return err
+	}
+	// Neither frozen nor flushed: it is to fail under whoever uses it. udev need not know.
+	return errors.Join(
+		withTable(d, storage, "load"),
+		runProgram("dmsetup", "suspend", "--nolockfs", "--noflush", d.Virtio),
+		runProgram("dmsetup", "resume", "--noudevsync", d.Virtio),
+	)
+}
+
+// withTable lets dmsetup do something with a disk's table.
+func withTable(d channel.Disk, storage, command string) error {
+	cmd := exec.Command("dmsetup", command, d.Virtio)
+	cmd.Stdin = strings.NewReader(strings.ReplaceAll(d.Table, channel.Storage, storage) + "\n")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("dmsetup %s: %s: %w", command, strings.TrimSpace(string(out)), err)
+	}
+	return nil
+}
+
+// mapTable puts device-mapper on a disk and returns its node.
+func mapTable(d channel.Disk, storage string) (string, error) {
+	if err := modprobe("dm_mod", "dm_flakey", "dm_delay"); err != nil {
+		return "", err
+	}
+	if err := withTable(d, storage, "create"); err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks("/dev/mapper/" + d.Virtio)
+}
+
+// resector shows a disk with another logical sector size, through a loop device.
+func resector(d channel.Disk, storage string) (string, error) {
+	if err := modprobe("loop"); err != nil {
+		return "", err
+	}
+	err := runProgram("losetup", "--find", "--sector-size", strconv.Itoa(d.SectorSize), storage)
+	return loopOn(storage), err
+}
+
+// loopOn returns the loop device on a disk, "" for none.
+func loopOn(storage string) string {
+	files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	for _, file := range files {
+		if b, err := os.ReadFile(file); err == nil && strings.TrimSpace(string(b)) == storage {
+			return "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(file)))
+		}
+	}
+	return ""
+}
+
+// runProgram runs a program; what it said is part of the error.
+func runProgram(name string, args ...string) error {
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s: %s: %w", name, strings.TrimSpace(string(out)), err)
 	}
 	return nil
 }
@@ -101,15 +226,8 @@ func loop(device, storage string) error {
 	if err := modprobe("loop"); err != nil {
 		return err
 	}
-	out, err := exec.Command("losetup", device, storage).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("losetup: %s: %w", strings.TrimSpace(string(out)), err)
-	}
-	return nil
+	return runProgram("losetup", device, storage)
 }
-
-// target is the kernel's NVMe target; its zero value is ready.
-type target struct{ up bool }
 
 const (
 	nvmet = "/sys/kernel/config/nvmet"
@@ -118,8 +236,9 @@ const (
 	hostNQN = "nqn.2014-08.org.nvmexpress:uuid:5709f1c0-d3a8-4d0f-a9d6-fe1a6a7f0b11"
 )
 
-func (t *target) start() error {
-	if t.up {
+// startTarget makes the kernel's NVMe target, once in a boot.
+func startTarget() error {
+	if _, err := os.Stat(port); err == nil {
 		return nil
 	}
 	if err := modprobe("configfs", "nvmet", "nvmet_tcp", "nvme_tcp"); err != nil {
@@ -132,18 +251,22 @@ func (t *target) start() error {
 	if err := os.Mkdir(port, 0o755); err != nil {
 		return err
 	}
-	t.up = true
 	return writeAll(port, "addr_trtype", "tcp", "addr_adrfam", "ipv4", "addr_traddr", "127.0.0.1", "addr_trsvcid", "4420")
 }
 
+// places are where nvmet keeps a disk: its subsystem, the one namespace in it, and the link by which the port offers it.
+func places(d channel.Disk) (nqn, subsystem, namespace, offer string) {
+	nqn = "nqn.2014-08.org.luks-kms-agent:" + d.Virtio
+	subsystem = filepath.Join(nvmet, "subsystems", nqn)
+	return nqn, subsystem, filepath.Join(subsystem, "namespaces", "1"), filepath.Join(port, "subsystems", nqn)
+}
+
 // connect exports storage and connects to it.
-func (t *target) connect(d channel.Disk, storage string) error {
-	if err := t.start(); err != nil {
+func connect(d channel.Disk, storage string) error {
+	if err := startTarget(); err != nil {
 		return err
 	}
-	nqn := "nqn.2014-08.org.luks-kms-agent:" + d.Virtio
-	subsystem := filepath.Join(nvmet, "subsystems", nqn)
-	namespace := filepath.Join(subsystem, "namespaces", "1")
+	nqn, subsystem, namespace, offer := places(d)
 	if err := errors.Join(os.Mkdir(subsystem, 0o755), os.Mkdir(namespace, 0o755)); err != nil {
 		return err
 	}
@@ -156,7 +279,7 @@ func (t *target) connect(d channel.Disk, storage string) error {
 	if err := writeAll(namespace, "device_path", storage, "device_uuid", uuid, "enable", "1"); err != nil {
 		return err
 	}
-	if err := os.Symlink(subsystem, filepath.Join(port, "subsystems", nqn)); err != nil {
+	if err := os.Symlink(subsystem, offer); err != nil {
 		return err
 	}
 	fabrics, err := os.OpenFile("/dev/nvme-fabrics", os.O_RDWR, 0)
@@ -168,16 +291,32 @@ func (t *target) connect(d channel.Disk, storage string) error {
 	if err != nil {
 		return fmt.Errorf("cannot connect: %w", err)
 	}
-	_, err = await("NVMe disk "+d.Serial, func() (string, error) {
-		serials, err := filepath.Glob("/sys/block/nvme*n1/device/serial")
-		for _, name := range serials {
-			if b, err := os.ReadFile(name); err == nil && strings.TrimSpace(string(b)) == d.Serial {
-				return name, nil
-			}
-		}
-		return "", err
-	})
+	_, err = await("NVMe disk "+d.Serial, func() (string, error) { return fileWith("/sys/block/nvme*n1/device/serial", d.Serial) })
 	return err
+}
+
+// disconnect undoes connect.
+func disconnect(d channel.Disk) error {
+	controller, err := fileWith("/sys/class/nvme/nvme*/serial", d.Serial)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(filepath.Dir(controller), "delete_controller"), []byte("1"), 0); err != nil {
+		return err
+	}
+	_, subsystem, namespace, offer := places(d)
+	return errors.Join(os.Remove(offer), writeAll(namespace, "enable", "0"), os.Remove(namespace), os.Remove(subsystem))
+}
+
+// fileWith returns the file among those of a pattern that holds a serial, "" for none.
+func fileWith(pattern, serial string) (string, error) {
+	files, err := filepath.Glob(pattern)
+	for _, file := range files {
+		if b, err := os.ReadFile(file); err == nil && strings.TrimSpace(string(b)) == serial {
+			return file, nil
+		}
+	}
+	return "", err
 }
 
 // writeAll writes attributes below dir: a name, its value, a name, …

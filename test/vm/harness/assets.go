@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"sort"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -43,7 +44,8 @@ type Assets struct {
 	Logs   string // directory for what is left of stories that failed
 	Repo   string // top of the agent's tree
 
-	dir string
+	dir      string
+	snapshot func() (snapshot, error) // takes it when it is first asked for
 }
 
 // Close removes what Prepare made for this process.
@@ -88,6 +90,7 @@ func Prepare(ctx context.Context, step Step) (*Assets, error) {
 		KMS:   filepath.Join(cache, "tools", "kms"),
 		IMDS:  filepath.Join(cache, "tools", "imds"),
 	}
+	a.snapshot = sync.OnceValues(a.takeSnapshot)
 	if err := a.prepare(ctx, step, cache); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
@@ -121,7 +124,15 @@ func (a *Assets) prepare(ctx context.Context, step Step, cache string) error {
 
 	done = step("building the agent")
 	tree := filepath.Join(a.dir, "tree")
-	if err := command(ctx, a.Repo, "make", "install", "DESTDIR="+tree); err != nil {
+	story := filepath.Join(tree, "usr/local/lib/story")
+	err = errors.Join(
+		command(ctx, a.Repo, "make", "install", "DESTDIR="+tree),
+		// Not in PATH: a story links the AWS CLI where it plays an administrator, and starts the agent that stops at steps by name.
+		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-o", filepath.Join(story, "aws"), "./test/vm/awscli"),
+		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-tags", "holdsteps", "-ldflags", "-s -w",
+			"-o", filepath.Join(story, "luks-kms-agent-hold"), "./cmd/luks-kms-agent"),
+	)
+	if err != nil {
 		return err
 	}
 	done()

@@ -2,6 +2,7 @@ package harness
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -10,6 +11,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -32,7 +36,14 @@ type Disk struct {
 	Model  string // ModelEBS, ModelInstanceStore; "" for a plain loop device in the guest
 	Serial string // of the NVMe disk: "vol0aaa…" or "AWS…"; at most 20 bytes
 	Loop   string // the loop device: "/dev/loop0"
+
+	Size       int64 // what the node sees of its image, bytes; 0 is all of it, DiskSize
+	SectorSize int   // logical, bytes; 0 is 512
+	Faulty     bool  // it can be told to fail, by [Node.Faults]
+	Away       bool  // it appears only by [Node.Attach]
 }
+
+func (d Disk) size() int64 { return cmp.Or(d.Size, DiskSize) }
 
 // EBS returns a disk that EC2 would call vol-<id>; id is 17 hexadecimal digits.
 func EBS(name, id string) Disk { return Disk{Name: name, Model: ModelEBS, Serial: "vol" + id} }
@@ -61,11 +72,123 @@ func (n *Node) createDisks() error {
 	return nil
 }
 
+// disk returns a disk of the node by its name, to be changed.
+func (n *Node) disk(name string) *Disk {
+	n.tb.Helper()
+	i := slices.IndexFunc(n.disks, func(d Disk) bool { return d.Name == name })
+	if i < 0 {
+		n.tb.Fatalf("the node has no disk %s", name)
+	}
+	return &n.disks[i]
+}
+
+// A Fault is what part of a disk does instead of reading and writing.
+type Fault struct {
+	from, to int64  // bytes; to 0 is the end of the disk
+	target   string // of device-mapper, with its arguments; "%d" stands for the sector below
+}
+
+// The ways to fail. Each is of the bytes from one offset to another; 0 as the other is the end of the disk.
+
+// Errors lets neither reads nor writes through.
+func Errors(from, to int64) Fault { return Fault{from, to, "error"} }
+
+// WriteErrors lets reads through and fails writes.
+func WriteErrors(from, to int64) Fault {
+	// Always in the second of flakey's two times, of none and 3600 s.
+	return Fault{from, to, "flakey " + channel.Storage + " %d 0 3600 1 error_writes"}
+}
+
+// Slow delays everything.
+func Slow(from, to int64, by time.Duration) Fault {
+	return Fault{from, to, fmt.Sprintf("delay %s %%d %d", channel.Storage, by.Milliseconds())}
+}
+
+// table returns the device-mapper table of a disk with faults, which are in order and do not overlap.
+func (d Disk) table(faults []Fault) string {
+	const sector = 512
+	var lines []string
+	line := func(from, to int64, target string) {
+		if to > from {
+			if strings.Contains(target, "%d") {
+				target = fmt.Sprintf(target, from/sector)
+			}
+			lines = append(lines, fmt.Sprintf("%d %d %s", from/sector, (to-from)/sector, target))
+		}
+	}
+	at := int64(0)
+	for _, f := range slices.Concat(faults, []Fault{{from: d.size()}}) {
+		line(at, f.from, "linear "+channel.Storage+" %d")
+		at = cmp.Or(f.to, d.size())
+		line(f.from, at, f.target)
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Faults says how the disks fail, at once and at every later boot, until Faults is called again. Disks that it does not name are well.
+func (n *Node) Faults(faults map[string][]Fault) {
+	n.tb.Helper()
+	var changed []string
+	for _, d := range n.disks {
+		if len(faults[d.Name]) > 0 && !d.Faulty {
+			n.tb.Fatalf("disk %s is not made to fail", d.Name)
+		}
+		if !slices.Equal(faults[d.Name], n.faults[d.Name]) {
+			changed = append(changed, d.Name)
+		}
+	}
+	n.faults = faults
+	n.tellGuest("reload", changed...)
+}
+
+// Detach takes NVMe disks away from the running node, whoever uses them, as EC2's forced detachment does. At the next
+// boot they are there again, unless they are away.
+func (n *Node) Detach(names ...string) { n.tb.Helper(); n.tellGuest("detach", names...) }
+
+// Attach brings disks to the running node that were detached, or away, in this order.
+func (n *Node) Attach(names ...string) { n.tb.Helper(); n.tellGuest("attach", names...) }
+
+// Replace puts a blank disk with another serial in the place of one that is detached, or of a node that is switched off, as a
+// stop of the instance does with instance store.
+func (n *Node) Replace(name, serial string) {
+	n.tb.Helper()
+	d := n.disk(name)
+	d.Serial = serial
+	if err := errors.Join(os.Truncate(n.Image(name), 0), os.Truncate(n.Image(name), DiskSize)); err != nil {
+		n.tb.Fatalf("%v", err)
+	}
+}
+
+// Clone makes what is on a disk that is detached, or of a node that is switched off, what is on another, as a volume made
+// from a snapshot has it.
+func (n *Node) Clone(from, to string) {
+	n.tb.Helper()
+	if err := command(context.Background(), n.dir, "cp", "--sparse=always", n.Image(from), n.Image(to)); err != nil {
+		n.tb.Fatalf("%v", err)
+	}
+}
+
+// tellGuest lets the running node do something about disks, as the manifest is now. One that is off sees that at its boot.
+func (n *Node) tellGuest(what string, names ...string) {
+	n.tb.Helper()
+	if n.vm == nil || len(names) == 0 {
+		return
+	}
+	if err := n.writeManifest(); err != nil {
+		n.tb.Fatalf("cannot write the manifest: %v", err)
+	}
+	n.Sh("/usr/local/lib/story/guest " + what + " " + strings.Join(names, " "))
+}
+
 // writeManifest writes the disk that tells the guest what to be.
 func (n *Node) writeManifest() error {
 	manifest := channel.Manifest{Files: n.files}
 	for _, d := range n.disks {
-		manifest.Disks = append(manifest.Disks, channel.Disk{Virtio: d.Name, Model: d.Model, Serial: d.Serial, Loop: d.Loop})
+		disk := channel.Disk{Virtio: d.Name, Model: d.Model, Serial: d.Serial, Loop: d.Loop, SectorSize: d.SectorSize, Away: d.Away}
+		if d.Faulty || d.Size != 0 {
+			disk.Table = d.table(n.faults[d.Name])
+		}
+		manifest.Disks = append(manifest.Disks, disk)
 	}
 	b, err := encodeManifest(manifest)
 	if err != nil {
@@ -179,7 +302,8 @@ func (n *Node) Find(name string, needles ...[]byte) []string {
 // HasHeader says whether a disk begins as a LUKS volume does.
 func (n *Node) HasHeader(name string) bool {
 	n.tb.Helper()
-	return bytes.HasPrefix(n.readStart(name, headerBinary), []byte("LUKS\xba\xbe"))
+	const magic = "LUKS\xba\xbe"
+	return string(n.readStart(name, len(magic))) == magic
 }
 
 // Fill puts bytes into a disk of a node that is switched off.

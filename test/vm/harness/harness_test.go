@@ -2,7 +2,6 @@ package harness
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io/fs"
@@ -13,55 +12,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/channel"
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/proxy"
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/search"
 )
-
-// header returns one copy of a LUKS2 header with a right checksum.
-func header(t *testing.T, metadata string) []byte {
-	t.Helper()
-	b := make([]byte, 16<<10)
-	copy(b, "LUKS\xba\xbe")
-	copy(b[headerBinary:], metadata)
-	sum := sha256.Sum256(b)
-	copy(b[headerChecksumAt:], sum[:])
-	return b
-}
-
-func TestTamperHeaderKeepsTheChecksumRight(t *testing.T) {
-	b := header(t, `{"config":{"json_size":"12288"},"n":18446744073709551615}`)
-	err := tamperHeader(b, func(metadata map[string]any) { metadata["evil"] = true })
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := append([]byte(nil), b[headerChecksumAt:headerChecksumAt+headerChecksum]...)
-	clear(b[headerChecksumAt : headerChecksumAt+headerChecksum])
-	want := sha256.Sum256(b)
-	if !bytes.Equal(sum[:len(want)], want[:]) || !bytes.Equal(sum[len(want):], make([]byte, headerChecksum-len(want))) {
-		t.Errorf("checksum %x, want %x", sum, want)
-	}
-	text, zeros, _ := bytes.Cut(b[headerBinary:], []byte{0})
-	if len(bytes.Trim(zeros, "\x00")) > 0 {
-		t.Error("something of the old metadata is left")
-	}
-	var metadata map[string]json.RawMessage
-	if err := json.Unmarshal(text, &metadata); err != nil {
-		t.Fatal(err)
-	}
-	if string(metadata["evil"]) != "true" || string(metadata["n"]) != "18446744073709551615" {
-		t.Errorf("metadata: %s", text)
-	}
-}
-
-func TestTamperHeaderRefusesWhatDoesNotFit(t *testing.T) {
-	b := header(t, `{}`)
-	err := tamperHeader(b, func(metadata map[string]any) { metadata["long"] = strings.Repeat("x", len(b)) })
-	if err == nil {
-		t.Error("no error")
-	}
-}
 
 func TestEnableUnits(t *testing.T) {
 	tree := t.TempDir()
@@ -227,5 +183,24 @@ func TestStoryFailsWhereItsNodeHasBadManners(t *testing.T) {
 	n.checkManners()
 	if len(w.errors) != 2 || !strings.Contains(w.errors[0], "encryption context") || !strings.Contains(w.errors[1], "without a token") {
 		t.Errorf("errors: %q", w.errors)
+	}
+}
+
+func TestFaultsBecomeATable(t *testing.T) {
+	const sectors = DiskSize / 512
+	d := Disk{Name: "x", Faulty: true}
+	for want, faults := range map[string][]Fault{
+		fmt.Sprintf("0 %d linear STORAGE 0", sectors): nil,
+		fmt.Sprintf("0 %d error", sectors):            {Errors(0, 0)},
+		fmt.Sprintf("0 8 linear STORAGE 0\n8 8 flakey STORAGE 8 0 3600 1 error_writes\n16 16 linear STORAGE 16\n32 %d delay STORAGE 32 20", sectors-32): {
+			WriteErrors(4096, 8192), Slow(16384, 0, 20*time.Millisecond)},
+	} {
+		if got := d.table(faults); got != want {
+			t.Errorf("%v:\n%s\nwant\n%s", faults, got, want)
+		}
+	}
+	d.Size = 1 << 20
+	if got, want := d.table(nil), "0 2048 linear STORAGE 0"; got != want {
+		t.Errorf("a disk of 1 MiB: %s, want %s", got, want)
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -31,8 +30,9 @@ type machine struct {
 	broken  error // why the channel is gone
 }
 
-func createOverlay(base, overlay string) error {
-	out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, overlay).CombinedOutput()
+// createOverlay makes a disk on top of another one, in that one's format.
+func createOverlay(format, base, overlay string) error {
+	out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", base, overlay).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("qemu-img: %w: %s", err, out)
 	}
@@ -53,16 +53,38 @@ func encodeManifest(m channel.Manifest) ([]byte, error) {
 	return append(b, make([]byte, manifestSize-len(b))...), nil
 }
 
-// launch starts QEMU and connects to the guest's channel.
-func (n *Node) launch() (*machine, error) {
-	socket := filepath.Join(n.dir, fmt.Sprintf("channel-%d", n.boots))
-	args := append([]string{"leash", "qemu-system-x86_64"}, n.qemuArguments(socket)...)
-	cmd := exec.Command(n.assets.Guest, args...)
+// hardware is what one run of QEMU is given.
+type hardware struct {
+	socket, console, said string // the channel, the serial console, QEMU's own messages
+	imds, kms, kmsTLS     string // the servers on the host, as host:port
+	boot                  string // the boot disk, qcow2
+	drives                []drive
+
+	initrd   string // "" for none
+	snapshot bool   // the machine of a snapshot: its boot disk is on virtio, and the guest knows
+	monitor  string // socket of a QMP monitor; "" for none
+	incoming string // file with the state of the machine to resume; "" to power on
+}
+
+// drive is one virtio disk.
+type drive struct {
+	serial string
+	image  string // raw; "" for DiskSize of zeros that keeps nothing
+	log    string // file for the log of what the guest writes; "" for none
+}
+
+// start starts QEMU and connects to the guest's channel.
+func (a *Assets) start(h hardware) (*machine, error) {
+	args, err := a.qemuArguments(h)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(a.Guest, append([]string{"leash", "qemu-system-x86_64"}, args...)...)
 	leash, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, err
 	}
-	said, err := os.OpenFile(filepath.Join(n.logs, "qemu.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	said, err := os.OpenFile(h.said, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +100,7 @@ func (n *Node) launch() (*machine, error) {
 		close(m.ended)
 	}()
 	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if m.conn, err = net.Dial("unix", socket); err == nil {
+		if m.conn, err = net.Dial("unix", h.socket); err == nil {
 			go m.receive()
 			return m, nil
 		}
@@ -93,41 +115,78 @@ func (n *Node) launch() (*machine, error) {
 	return nil, err
 }
 
-func (n *Node) qemuArguments(socket string) []string {
+func (a *Assets) qemuArguments(h hardware) ([]string, error) {
 	accel, cpu := "tcg,thread=multi", "max"
 	if os.Getenv("VM_ACCEL") == "kvm" {
 		accel, cpu = "kvm", "host"
 	}
 	relay := func(guest, host string) string {
-		return fmt.Sprintf(",guestfwd=tcp:%s-cmd:%s relay %s", guest, n.assets.Guest, host)
+		return fmt.Sprintf(",guestfwd=tcp:%s-cmd:%s relay %s", guest, a.Guest, host)
+	}
+	kernel := "root=PARTUUID=" + rootUUID + " rw rootwait console=ttyS0 net.ifnames=0 quiet loglevel=4 " +
+		"systemd.show_status=false mitigations=off audit=0 nokaslr no_timer_check random.trust_cpu=on"
+	boot := "nvme,serial=vol0b007b007b007b007,drive=boot"
+	if h.snapshot {
+		kernel += snapshotArguments
+		boot = "virtio-blk-pci,drive=boot,serial=" + channel.BootSerial
 	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-machine", "q35", "-accel", accel, "-cpu", cpu, "-smp", "2", "-m", "1024",
-		"-kernel", n.assets.Kernel,
-		"-append", "root=PARTUUID=" + rootUUID + " rw rootwait console=ttyS0 net.ifnames=0 quiet loglevel=4 " +
-			"systemd.show_status=false mitigations=off audit=0 nokaslr no_timer_check random.trust_cpu=on",
-		"-chardev", "file,id=console,append=on,path=" + n.console(), "-serial", "chardev:console",
-		"-device", "virtio-serial-pci", "-chardev", "socket,id=channel,server=on,wait=off,path=" + socket,
+		"-kernel", a.Kernel, "-append", kernel,
+		"-chardev", "file,id=console,append=on,path=" + h.console, "-serial", "chardev:console",
+		"-device", "virtio-serial-pci", "-chardev", "socket,id=channel,server=on,wait=off,path=" + h.socket,
 		"-device", "virtserialport,chardev=channel,name=" + channel.Port,
 		// The network of a link-local address holds both servers; restrict keeps everything else out of reach.
 		"-netdev", "user,id=net,restrict=on,net=169.254.169.0/24,host=169.254.169.2,dns=169.254.169.3,dhcpstart=169.254.169.100" +
-			relay(IMDSAddress, n.servers.imdsAddr) + relay(KMSAddress, n.servers.kmsAddr),
+			relay(IMDSAddress, h.imds) + relay(KMSAddress, h.kms) + relay(KMSTLSAddress, h.kmsTLS),
 		"-device", "virtio-net-pci,netdev=net,romfile=",
 		// qcow2 keeps metadata in QEMU's memory, so this cache mode has to honour the guest's flushes.
-		"-drive", "if=none,id=boot,format=qcow2,cache=writeback,file=" + n.overlay(),
-		"-device", "nvme,serial=vol0b007b007b007b007,drive=boot",
+		"-drive", "if=none,id=boot,format=qcow2,cache=writeback,file=" + h.boot,
+		"-device", boot,
 	}
-	disk := func(name string) {
+	for _, d := range h.drives {
+		backend, err := d.backend()
+		if err != nil {
+			return nil, err
+		}
+		device := "virtio-blk-pci,drive=" + d.serial + ",serial=" + d.serial
+		if h.snapshot || d.log != "" {
+			// QEMU before 9.0 spoils its log where zeros are written beside something else.
+			device += ",discard=off,write-zeroes=off"
+		}
+		args = append(args, backend...)
+		args = append(args, "-device", device)
+	}
+	if h.initrd != "" {
+		args = append(args, "-initrd", h.initrd)
+	}
+	if h.monitor != "" {
+		args = append(args, "-qmp", "unix:"+h.monitor+",server=on,wait=off")
+	}
+	if h.incoming != "" {
+		args = append(args, "-incoming", "exec:cat "+h.incoming)
+	}
+	return args, nil
+}
+
+// backend returns the arguments that give a drive its storage.
+func (d drive) backend() ([]string, error) {
+	if d.image == "" {
+		return []string{"-drive", fmt.Sprintf("if=none,driver=null-co,read-zeroes=on,size=%d,id=%s", DiskSize, d.serial)}, nil
+	}
+	if d.log == "" {
 		// What the guest wrote to a raw image is in the host's page cache, which a killed QEMU does not take along.
-		args = append(args, "-drive", "if=none,format=raw,cache=unsafe,id="+name+",file="+n.Image(name),
-			"-device", "virtio-blk-pci,drive="+name+",serial="+name)
+		return []string{"-drive", "if=none,format=raw,cache=unsafe,id=" + d.serial + ",file=" + d.image}, nil
 	}
-	disk(channel.ManifestSerial)
-	for _, d := range n.disks {
-		disk(d.Name)
+	// The guest's flushes have to reach the log, but not the host's disk.
+	file := func(name string) map[string]any {
+		return map[string]any{"driver": "file", "filename": name, "cache": map[string]any{"no-flush": true}}
 	}
-	return args
+	b, err := json.Marshal(map[string]any{
+		"node-name": d.serial, "driver": "blklogwrites", "log-sector-size": logSector, "file": file(d.image), "log": file(d.log),
+	})
+	return []string{"-blockdev", string(b)}, err
 }
 
 // ask sends a request and waits for the answer.

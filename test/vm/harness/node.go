@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -47,9 +48,13 @@ type Node struct {
 	dir     string // images and sockets, removed at the end
 	logs    string // console and journal, kept where the story fails
 	disks   []Disk
+	faults  map[string][]Fault // by disk
 	files   []channel.File
 	vm      *machine
 	boots   int
+
+	losing *rand.Rand // decides what a power cut takes of writes that were not flushed; nil where it takes none
+	cut    Cut        // what the last one took
 }
 
 // NewNode makes a node that is switched off, with an empty KMS but for one key, and with an agent that is configured to
@@ -60,7 +65,7 @@ func NewNode(tb TB, a *Assets, config string, disks ...Disk) *Node {
 	if err != nil {
 		tb.Fatalf("%v", err)
 	}
-	n := &Node{tb: tb, assets: a, disks: disks, dir: dir, logs: filepath.Join(a.Logs, tb.Name())}
+	n := &Node{tb: tb, assets: a, disks: disks, dir: dir, logs: filepath.Join(a.Logs, tb.Name()), faults: map[string][]Fault{}}
 	tb.Cleanup(n.close)
 	if err := os.RemoveAll(n.logs); err != nil {
 		tb.Fatalf("%v", err)
@@ -76,7 +81,7 @@ func NewNode(tb TB, a *Assets, config string, disks ...Disk) *Node {
 	if err := n.createDisks(); err != nil {
 		tb.Fatalf("cannot create the disks: %v", err)
 	}
-	if err := createOverlay(a.Root, n.overlay()); err != nil {
+	if err := createOverlay("raw", a.Root, n.overlay()); err != nil {
 		tb.Fatalf("cannot create the boot disk: %v", err)
 	}
 	n.Provide(ConfigFile, 0o600, n.Config(config))
@@ -88,7 +93,8 @@ func (n *Node) Config(more string) string { return n.ConfigFor(n.Key, more) }
 
 // ConfigFor returns a configuration with another key.
 func (n *Node) ConfigFor(key, more string) string {
-	return "kms_key: " + key + "\nkms_endpoint: " + KMSEndpoint + "\n" + more
+	// The kernel's NVMe target says of every namespace that it may be shared.
+	return "kms_key: " + key + "\nkms_endpoint: " + KMSEndpoint + "\n" + more + "multi_attach: allow\n"
 }
 
 // Provide puts a file onto the node before the agent starts, at this boot and every later one.
@@ -133,6 +139,12 @@ func (n *Node) Boot() {
 // On switches the node on and waits only until it answers, early in the boot.
 func (n *Node) On() {
 	n.tb.Helper()
+	n.launch(hardware{})
+}
+
+// launch switches the node on and waits until it answers; h says what is special about the machine.
+func (n *Node) launch(h hardware) {
+	n.tb.Helper()
 	if n.vm != nil {
 		n.tb.Fatalf("the node is already on")
 	}
@@ -140,7 +152,21 @@ func (n *Node) On() {
 	if err := n.writeManifest(); err != nil {
 		n.tb.Fatalf("cannot write the manifest: %v", err)
 	}
-	vm, err := n.launch()
+	h.socket, h.console, h.said = filepath.Join(n.dir, fmt.Sprintf("channel-%d", n.boots)), n.console(), filepath.Join(n.logs, "qemu.log")
+	h.imds, h.kms, h.kmsTLS, h.boot = n.servers.imdsAddr, n.servers.kmsAddr, n.servers.tlsAddr, n.overlay()
+	drives := []drive{{serial: channel.ManifestSerial, image: n.Image(channel.ManifestSerial)}}
+	for _, d := range n.disks {
+		data := drive{serial: d.Name, image: n.Image(d.Name)}
+		if n.losing != nil {
+			if err := n.keepLog(d.Name); err != nil {
+				n.tb.Fatalf("cannot log the writes to %s: %v", d.Name, err)
+			}
+			data.log = n.writeLog(d.Name)
+		}
+		drives = append(drives, data)
+	}
+	h.drives = append(drives, h.drives...)
+	vm, err := n.assets.start(h)
 	if err != nil {
 		n.tb.Fatalf("cannot start QEMU: %v", err)
 	}
@@ -169,11 +195,22 @@ func (n *Node) PowerOff() {
 	n.vm = nil
 }
 
-// PowerCut takes the power away: nothing is shut down, nothing is flushed.
+// PowerCut takes the power away: nothing is shut down, nothing is flushed. What the guest wrote to its data disks stays, flushed
+// or not, unless LoseUnflushed was called.
 func (n *Node) PowerCut() {
 	n.tb.Helper()
 	n.running().kill()
 	n.vm = nil
+	if n.losing == nil {
+		return
+	}
+	n.cut = Cut{}
+	for _, d := range n.disks {
+		if err := n.loseUnflushed(d.Name); err != nil {
+			n.tb.Fatalf("cannot take unflushed writes from %s: %v", d.Name, err)
+		}
+	}
+	n.tb.Logf("the power cut took %d of %d unflushed writes", n.cut.Lost, n.cut.Unflushed)
 }
 
 func (n *Node) running() *machine {
@@ -263,11 +300,24 @@ func (n *Node) Unit(unit string) map[string]string {
 // Await asks until is says yes, and ends the story when limit has passed.
 func (n *Node) Await(what string, limit time.Duration, is func() bool) {
 	n.tb.Helper()
-	for deadline := time.Now().Add(limit); !is(); time.Sleep(200 * time.Millisecond) {
+	for deadline := time.Now().Add(limit); ; {
+		asked := time.Now()
+		if is() {
+			return
+		}
 		if time.Now().After(deadline) {
 			n.tb.Fatalf("%s: not within %v", what, limit)
 		}
+		// An emulated guest that is always asked does little else.
+		time.Sleep(max(200*time.Millisecond, 2*time.Since(asked)))
 	}
+}
+
+// has says whether a file of the running node holds anything. It costs the guest no process.
+func (n *Node) has(path string) bool {
+	n.tb.Helper()
+	response, err := n.running().ask(channel.Request{Op: channel.Get, Path: path}, time.Minute)
+	return err == nil && len(response.Data) > 0
 }
 
 // AwaitActive waits until a unit is active.
@@ -280,11 +330,20 @@ func (n *Node) AwaitActive(unit string, limit time.Duration) {
 func (n *Node) AwaitAgent() string {
 	n.tb.Helper()
 	var unit map[string]string
-	n.Await("luks-kms-agent.service is done", 3*time.Minute, func() bool {
+	n.Await("luks-kms-agent.service is done", 8*time.Minute, func() bool {
+		if n.runs() {
+			return false
+		}
 		unit = n.Unit("luks-kms-agent.service")
 		return unit["ActiveState"] == "active" || unit["ActiveState"] == "failed"
 	})
 	return unit["ExecMainStatus"]
+}
+
+// runs says whether the agent's service has a process.
+func (n *Node) runs() bool {
+	n.tb.Helper()
+	return n.has("/sys/fs/cgroup/system.slice/luks-kms-agent.service/cgroup.procs")
 }
 
 // AwaitVolumes waits for the agent and ends the story if anything did not go as planned.

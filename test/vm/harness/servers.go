@@ -4,9 +4,17 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
+	"log"
+	"math/big"
 	"net"
 	"net/http"
 	"net/url"
@@ -14,6 +22,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/proxy"
@@ -26,6 +35,12 @@ const (
 	InstanceID = "i-0123456789abcdef0"
 )
 
+// KMS is also at this address with TLS, and with a certificate that no node trusts by itself.
+const (
+	KMSTLSAddress  = "169.254.169.251:443"
+	KMSTLSEndpoint = "https://169.254.169.251"
+)
+
 // servers are one node's own KMS and instance metadata. All of them listen on the loopback address only, on ports that
 // the kernel chose.
 type servers struct {
@@ -34,6 +49,9 @@ type servers struct {
 	upstream string // local-kms without the proxy: for what an administrator does
 	kmsAddr  string // of the proxy, as host:port
 	imdsAddr string
+	tlsAddr  string // of the proxy with TLS
+	ca       []byte // what a node has to trust to use that one, in PEM
+	greeted  atomic.Int64
 	stops    []func()
 }
 
@@ -62,13 +80,10 @@ func (s *servers) start(a *Assets, dir string) error {
 	if s.kmsAddr, err = s.serve(s.kms); err != nil {
 		return err
 	}
-	address, err = s.startIMDS(a, dir)
-	if err != nil {
-		return fmt.Errorf("cannot start the metadata mock: %w", err)
+	if err = s.serveTLS(s.kms); err != nil {
+		return fmt.Errorf("cannot serve KMS with TLS: %w", err)
 	}
-	s.imds = proxy.NewIMDS(&url.URL{Scheme: "http", Host: address})
-	s.imdsAddr, err = s.serve(s.imds)
-	return err
+	return s.serveIMDS(a, dir, InstanceID)
 }
 
 func (s *servers) serve(handler http.Handler) (address string, err error) {
@@ -81,6 +96,50 @@ func (s *servers) serve(handler http.Handler) (address string, err error) {
 	s.stops = append(s.stops, func() { _ = server.Close() })
 	return listener.Addr().String(), nil
 }
+
+// serveTLS serves with a certificate that signs itself, and counts who connects, also who goes away for the certificate.
+func (s *servers) serveTLS(handler http.Handler) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	host, _, err := net.SplitHostPort(KMSTLSAddress)
+	if err != nil {
+		return err
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), IPAddresses: []net.IP{net.ParseIP(host)}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+	}
+	certificate, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return err
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	s.tlsAddr, s.ca = listener.Addr().String(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate})
+	server := &http.Server{
+		Handler: handler, ReadHeaderTimeout: time.Minute,
+		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}}},
+		ErrorLog:  log.New(io.Discard, "", 0), // handshakes fail because the story wants them to
+		ConnState: func(_ net.Conn, state http.ConnState) {
+			if state == http.StateNew {
+				s.greeted.Add(1)
+			}
+		},
+	}
+	go func() { _ = server.ServeTLS(listener, "", "") }()
+	s.stops = append(s.stops, func() { _ = server.Close() })
+	return nil
+}
+
+// CertificateOfKMS returns, in PEM, what a node has to trust to use KMSTLSEndpoint.
+func (n *Node) CertificateOfKMS() string { return string(n.servers.ca) }
+
+// TLSConnections returns how often KMSTLSEndpoint was connected to.
+func (n *Node) TLSConnections() int { return int(n.servers.greeted.Load()) }
 
 func (s *servers) startKMS(a *Assets, dir string) (address string, err error) {
 	cmd := exec.Command(a.KMS, "-data", filepath.Join(dir, "kms"), "-account", Account, "-region", Region)
@@ -100,12 +159,23 @@ func (s *servers) startKMS(a *Assets, dir string) (address string, err error) {
 	return strings.TrimSpace(address), err
 }
 
+// serveIMDS lets a node that starts from now on be the instance of that id.
+func (s *servers) serveIMDS(a *Assets, dir, instance string) error {
+	address, err := s.startIMDS(a, dir, instance)
+	if err != nil {
+		return fmt.Errorf("cannot start the metadata mock: %w", err)
+	}
+	s.imds = proxy.NewIMDS(&url.URL{Scheme: "http", Host: address})
+	s.imdsAddr, err = s.serve(s.imds)
+	return err
+}
+
 // startIMDS starts the mock with credentials that have not expired; its own have.
-func (s *servers) startIMDS(a *Assets, dir string) (address string, err error) {
+func (s *servers) startIMDS(a *Assets, dir, instance string) (address string, err error) {
 	const layout = "2006-01-02T15:04:05Z"
 	config, err := json.Marshal(map[string]any{
 		"metadata": map[string]any{"values": map[string]any{
-			"instance-id":                   InstanceID,
+			"instance-id":                   instance,
 			"iam-security-credentials-role": "node",
 			"iam-security-credentials": map[string]string{
 				"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "ASIAEXAMPLE", "SecretAccessKey": "example", "Token": "example",
@@ -113,14 +183,14 @@ func (s *servers) startIMDS(a *Assets, dir string) (address string, err error) {
 			},
 		}, "paths": map[string]any{"iam-security-credentials": "/latest/meta-data/iam/security-credentials/node"}},
 		"dynamic": map[string]any{"values": map[string]any{"instance-identity-document": map[string]any{
-			"accountId": Account, "instanceId": InstanceID, "region": Region, "availabilityZone": Region + "a", "instanceType": "m5d.xlarge",
+			"accountId": Account, "instanceId": instance, "region": Region, "availabilityZone": Region + "a", "instanceType": "m5d.xlarge",
 			"imageId": "ami-0123456789abcdef0", "architecture": "x86_64", "version": "2017-09-30",
 		}}},
 	})
 	if err != nil {
 		return "", err
 	}
-	file := filepath.Join(dir, "imds.json")
+	file := filepath.Join(dir, "imds-"+instance+".json")
 	if err := os.WriteFile(file, config, 0o600); err != nil {
 		return "", err
 	}

@@ -5,6 +5,7 @@ package proxy
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"maps"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -25,7 +27,7 @@ type Call struct {
 	Context   map[string]string // the encryption context
 	RequestID string            // as answered in x-amzn-RequestId
 	Status    int               // HTTP status; 0 where the connection was dropped
-	Code      string            // the exception's name; "" for success
+	Code      string            // the exception's name, "babble" or "broken"; "" for success
 }
 
 func (c Call) String() string {
@@ -49,6 +51,12 @@ const (
 	ServerError                  // KMSInternalException with status 500
 	Hang                         // never answer
 	Drop                         // close the connection without an answer
+	Refuse                       // the exception Code, with Status
+	Babble                       // a page with Status, as a load balancer or another server answers
+	Slow                         // the true answer after Delay
+	Break                        // the true answer, but the connection closes in its middle
+	Forge                        // the true answer as Edit changes it
+	Clock                        // the true answer, but to a signature that is 5 minutes off InvalidSignatureException
 )
 
 // Fault makes calls fail. The zero Ops means every operation, the zero Times for ever.
@@ -56,6 +64,11 @@ type Fault struct {
 	Kind  FaultKind
 	Ops   []string
 	Times int
+
+	Code   string               // of Refuse: the exception's name
+	Status int                  // of Refuse and Babble; of Refuse 0 is 400
+	Delay  time.Duration        // of Slow
+	Edit   func(map[string]any) // of Forge; the answer as JSON decodes it
 }
 
 // KMS is a reverse proxy in front of one local-kms, and speaks the JSON protocol of KMS. Where it differs from local-kms,
@@ -69,7 +82,6 @@ type KMS struct {
 	calls      []Call
 	offences   []Call
 	faults     []Fault
-	latency    time.Duration
 	awsManaged map[string]bool
 	asDisabled bool
 }
@@ -90,7 +102,7 @@ func (k *KMS) Calls() []Call {
 func (k *KMS) Count(op string) int {
 	n := 0
 	for _, c := range k.Calls() {
-		if c.Op == op && c.Status == http.StatusOK {
+		if c.Op == op && c.Status == http.StatusOK && c.Code == "" {
 			n++
 		}
 	}
@@ -116,13 +128,6 @@ func (k *KMS) Inject(faults ...Fault) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.faults = faults
-}
-
-// SetLatency delays every answer.
-func (k *KMS) SetLatency(d time.Duration) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.latency = d
 }
 
 // ManageByAWS makes a key, by id, look like one that AWS manages: its policy lets only AWS services use it.
@@ -154,6 +159,7 @@ type answer struct {
 	status int
 	body   []byte
 	code   string
+	broken bool // the connection closes in the middle of the body
 }
 
 func failure(status int, code, message string) answer {
@@ -181,35 +187,60 @@ func (k *KMS) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 
 	k.mu.Lock()
-	latency, fault := k.latency, k.takeFault(call.Op)
+	fault := k.takeFault(call.Op)
 	k.mu.Unlock()
-	select {
-	case <-time.After(latency):
-	case <-r.Context().Done():
-	}
 	var a answer
 	switch {
-	case fault != nil && (fault.Kind == Drop || fault.Kind == Hang):
+	case fault.Kind == Drop || fault.Kind == Hang:
 		k.record(call)
 		if fault.Kind == Hang {
 			<-r.Context().Done()
 		}
 		panic(http.ErrAbortHandler) // net/http closes the connection
-	case fault != nil:
-		a = fault.answer(call)
-	case malformed != nil:
-		a = failure(http.StatusBadRequest, "SerializationException", malformed.Error())
-	case !strings.HasPrefix(r.Header.Get("Authorization"), "AWS4-HMAC-SHA256 "):
-		a = failure(http.StatusBadRequest, "MissingAuthenticationTokenException", "Request is missing Authentication Token")
+	case fault.Kind == Slow:
+		select {
+		case <-time.After(fault.Delay):
+			a = k.judge(r, call, in, malformed, body)
+		case <-r.Context().Done():
+			k.record(call)
+			return
+		}
 	default:
-		a = k.ask(r, call, in, body)
+		var failed bool
+		if a, failed = fault.answer(call, r); !failed {
+			a = fault.change(k.judge(r, call, in, malformed, body))
+		}
 	}
 	call.Status, call.Code = a.status, a.code
+	if a.broken {
+		call.Code = "broken"
+	}
 	k.record(call)
 	w.Header().Set("Content-Type", "application/x-amz-json-1.1")
 	w.Header().Set("X-Amzn-Requestid", call.RequestID)
+	if a.broken {
+		w.Header().Set("Content-Length", strconv.Itoa(len(a.body)))
+		a.body = a.body[:len(a.body)/2]
+	}
 	w.WriteHeader(a.status)
 	_, _ = w.Write(a.body)
+	if a.broken {
+		_ = http.NewResponseController(w).Flush()
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// judge answers what AWS's front end checks first, and has the rest answered.
+func (k *KMS) judge(r *http.Request, call Call, in input, malformed error, body []byte) answer {
+	switch token := r.Header.Get("X-Amz-Security-Token"); {
+	case malformed != nil:
+		return failure(http.StatusBadRequest, "SerializationException", malformed.Error())
+	case !strings.HasPrefix(r.Header.Get("Authorization"), "AWS4-HMAC-SHA256 "):
+		return failure(http.StatusBadRequest, "MissingAuthenticationTokenException", "Request is missing Authentication Token")
+	case token == expiredToken:
+		return failure(http.StatusBadRequest, "ExpiredTokenException", "The security token included in the request is expired")
+	}
+	return k.ask(r, call, in, body)
 }
 
 func (k *KMS) record(call Call) {
@@ -221,8 +252,11 @@ func (k *KMS) record(call Call) {
 	}
 }
 
+// none is the fault of a call that is answered as it should be.
+const none FaultKind = -1
+
 // takeFault returns the fault of an operation, and counts it. The caller holds mu.
-func (k *KMS) takeFault(op string) *Fault {
+func (k *KMS) takeFault(op string) Fault {
 	for i := range k.faults {
 		f := &k.faults[i]
 		if len(f.Ops) > 0 && !slices.Contains(f.Ops, op) {
@@ -234,20 +268,57 @@ func (k *KMS) takeFault(op string) *Fault {
 		} else if f.Times > 1 {
 			f.Times--
 		}
-		return &taken
+		return taken
 	}
-	return nil
+	return Fault{Kind: none}
 }
 
-func (f Fault) answer(call Call) answer {
+// answer is what a fault answers in KMS's place, if it does.
+func (f Fault) answer(call Call, r *http.Request) (a answer, failed bool) {
 	switch f.Kind {
 	case Deny:
-		return denied(call)
+		return denied(call), true
 	case Throttle:
-		return failure(http.StatusBadRequest, "ThrottlingException", "You have exceeded the rate at which you may call KMS. Reduce the frequency of your calls.")
-	default:
-		return failure(http.StatusInternalServerError, "KMSInternalException", "KMS could not complete the request")
+		return failure(http.StatusBadRequest, "ThrottlingException", "You have exceeded the rate at which you may call KMS. Reduce the frequency of your calls."), true
+	case ServerError:
+		return failure(http.StatusInternalServerError, "KMSInternalException", "KMS could not complete the request"), true
+	case Refuse:
+		return failure(cmp.Or(f.Status, http.StatusBadRequest), f.Code, "as the story wants it"), true
+	case Babble:
+		return answer{status: f.Status, body: []byte("<html><body>Nothing to see here</body></html>"), code: "babble"}, true
+	case Clock:
+		const layout = "20060102T150405Z"
+		now := time.Now().UTC()
+		signed, err := time.Parse(layout, r.Header.Get("X-Amz-Date"))
+		if err != nil || now.Sub(signed).Abs() > 5*time.Minute {
+			return failure(http.StatusBadRequest, "InvalidSignatureException", fmt.Sprintf("Signature expired: %s is now earlier than %s (%s - 5 min.)",
+				r.Header.Get("X-Amz-Date"), now.Add(-5*time.Minute).Format(layout), now.Format(layout))), true
+		}
 	}
+	return answer{}, false
+}
+
+// change is what a fault does to KMS's own answer. Failures stay what they are.
+func (f Fault) change(a answer) answer {
+	if a.code != "" {
+		return a
+	}
+	switch f.Kind {
+	case Break:
+		a.broken = true
+	case Forge:
+		var fields map[string]any
+		if err := json.Unmarshal(a.body, &fields); err != nil {
+			return failure(http.StatusInternalServerError, "KMSInternalException", "the answer cannot be forged: "+err.Error())
+		}
+		f.Edit(fields)
+		body, err := json.Marshal(fields)
+		if err != nil {
+			return failure(http.StatusInternalServerError, "KMSInternalException", "the answer cannot be forged: "+err.Error())
+		}
+		a.body = body
+	}
+	return a
 }
 
 func denied(call Call) answer {

@@ -43,9 +43,11 @@ func localKMS(w http.ResponseWriter, r *http.Request) {
 }
 
 type client struct {
-	t   *testing.T
-	url string
-	kms *KMS
+	t      *testing.T
+	url    string
+	kms    *KMS
+	behind time.Duration // its clock
+	token  string        // of its credentials
 }
 
 func newClient(t *testing.T) *client {
@@ -70,6 +72,8 @@ func (c *client) call(op string, in map[string]any) (result, body string) {
 	}
 	request.Header.Set("X-Amz-Target", "TrentService."+op)
 	request.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential=x")
+	request.Header.Set("X-Amz-Date", time.Now().Add(-c.behind).UTC().Format("20060102T150405Z"))
+	request.Header.Set("X-Amz-Security-Token", c.token)
 	http := http.Client{Timeout: 300 * time.Millisecond}
 	response, err := http.Do(request)
 	if err != nil {
@@ -81,6 +85,9 @@ func (c *client) call(op string, in map[string]any) (result, body string) {
 	}
 	defer response.Body.Close()
 	answer, err := io.ReadAll(response.Body)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return "broken", string(answer)
+	}
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -88,7 +95,7 @@ func (c *client) call(op string, in map[string]any) (result, body string) {
 		Type string `json:"__type"`
 	}
 	if err := json.Unmarshal(answer, &exception); err != nil {
-		c.t.Fatalf("%s: %v", answer, err)
+		return response.Status, string(answer)
 	}
 	if response.Header.Get("X-Amzn-Requestid") == "" {
 		c.t.Errorf("%s: no request id", op)
@@ -179,19 +186,60 @@ func TestKMSFaults(t *testing.T) {
 	want("Decrypt", "dropped")
 	c.kms.Inject(Fault{Kind: Hang})
 	want("Decrypt", "hangs")
+	c.kms.Inject(Fault{Kind: Refuse, Code: "DependencyTimeoutException", Status: 503})
+	want("Decrypt", "DependencyTimeoutException")
+	c.kms.Inject(Fault{Kind: Babble, Status: 200})
+	want("Decrypt", "200 OK")
+	c.kms.Inject(Fault{Kind: Slow, Delay: 10 * time.Millisecond, Times: 1}, Fault{Kind: Slow, Delay: time.Second})
+	want("Decrypt", "ok")
+	want("Decrypt", "hangs")
+	c.kms.Inject(Fault{Kind: Break})
+	want("Decrypt", "broken")
 	c.kms.Inject()
 	want("Decrypt", "ok")
 
-	if n := c.kms.Count("Decrypt"); n != 2 {
-		t.Errorf("%d successful calls of Decrypt, want 2", n)
+	if n := c.kms.Count("Decrypt"); n != 3 {
+		t.Errorf("%d successful calls of Decrypt, want 3", n)
 	}
-	if calls := c.kms.Calls(); len(calls) != 10 || calls[0].Code != "AccessDeniedException" {
+	if calls := c.kms.Calls(); len(calls) != 15 || calls[0].Code != "AccessDeniedException" {
 		t.Errorf("calls: %v", calls)
 	}
 }
 
+func TestKMSForges(t *testing.T) {
+	c := newClient(t)
+	c.kms.Inject(Fault{Kind: Forge, Edit: func(answer map[string]any) { answer["KeyId"] = other }})
+	if result, body := c.call("Decrypt", map[string]any{"KeyId": key}); result != "ok" || !strings.Contains(body, `"KeyId":"`+other+`"`) || !strings.Contains(body, `"Plaintext":"AAAA"`) {
+		t.Errorf("%s: %s", result, body)
+	}
+	if result, _ := c.call("Decrypt", map[string]any{"KeyId": "pending"}); result == "ok" {
+		t.Error("a failure was made an answer")
+	}
+}
+
+func TestKMSJudgesSignatures(t *testing.T) {
+	c := newClient(t)
+	for _, test := range []struct {
+		behind time.Duration
+		token  string
+		want   string
+	}{
+		{0, "", "ok"},
+		{time.Hour, "", "InvalidSignatureException"},
+		{-time.Hour, "", "InvalidSignatureException"},
+		{time.Minute, "", "ok"},
+		{0, expiredToken, "ExpiredTokenException"},
+	} {
+		c.behind, c.token = test.behind, test.token
+		c.kms.Inject(Fault{Kind: Clock})
+		if got, _ := c.call("Decrypt", map[string]any{"KeyId": key}); got != test.want {
+			t.Errorf("%+v: %s", test, got)
+		}
+	}
+}
+
 func TestIMDSStates(t *testing.T) {
-	mock := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "mock") }))
+	mock := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, `{"Token":"good"}`) }))
 	t.Cleanup(mock.Close)
 	upstream, err := url.Parse(mock.URL)
 	if err != nil {
@@ -200,6 +248,7 @@ func TestIMDSStates(t *testing.T) {
 	imds := NewIMDS(upstream)
 	server := httptest.NewServer(imds)
 	t.Cleanup(server.Close)
+	var body string
 	ask := func(method, path, token string) int {
 		request, err := http.NewRequest(method, server.URL+path, nil)
 		if err != nil {
@@ -211,7 +260,11 @@ func TestIMDSStates(t *testing.T) {
 		if err != nil {
 			return 0
 		}
-		_ = response.Body.Close()
+		b, err := io.ReadAll(response.Body)
+		if err := errors.Join(err, response.Body.Close()); err != nil {
+			t.Fatal(err)
+		}
+		body = string(b)
 		return response.StatusCode
 	}
 	const token, role, document = "/latest/api/token", "/latest/meta-data/iam/security-credentials/", "/latest/dynamic/instance-identity/document"
@@ -224,16 +277,32 @@ func TestIMDSStates(t *testing.T) {
 		{FarHop, 0, 200, 200},
 		{NoRole, 200, 404, 200},
 		{Down, 0, 0, 0},
+		{Forgetful, 200, 401, 401},
+		{Failing, 500, 500, 500},
+		{Busy, 503, 200, 200},
+		{Expired, 200, 200, 200},
 	} {
 		imds.Set(test.state)
 		if got := [3]int{ask("PUT", token, ""), ask("GET", role, "t"), ask("GET", document, "t")}; got != [3]int{test.token, test.role, test.document} {
 			t.Errorf("state %d: %v", test.state, got)
 		}
 	}
+	imds.SetFor(Expired, 1)
+	ask("GET", role, "t")
+	if ask("GET", role+"node", "t"); !strings.Contains(body, `"Token":"`+expiredToken+`"`) || !strings.Contains(body, `"Expiration":"20`) {
+		t.Errorf("expired credentials: %s", body)
+	}
+	if ask("GET", role+"node", "t"); !strings.Contains(body, `"Token":"good"`) {
+		t.Errorf("after expired credentials: %s", body)
+	}
 	if insecure := imds.Insecure(); len(insecure) > 0 {
 		t.Errorf("insecure requests: %v", insecure)
 	}
+	imds.Forget()
 	ask("GET", document, "")
+	if requests := imds.Requests(); len(requests) != 1 {
+		t.Errorf("requests since they were forgotten: %v", requests)
+	}
 	if insecure := imds.Insecure(); len(insecure) != 1 || insecure[0] != "GET "+document {
 		t.Errorf("insecure requests: %v", insecure)
 	}

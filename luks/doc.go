@@ -11,7 +11,8 @@
 // cipher_null. Three things therefore stand before a mapping, in this order:
 //
 //  1. [Inspect] reads both header copies once, judges every field against what [Format] and plain cryptsetup write, and says in
-//     [Inspection.Reasons] what it does not accept. It keeps what it judged; nothing of it is read from the disk again.
+//     [Inspection.Reasons] what it does not accept. It keeps what it judged, and only that is used; Open reads the
+//     disk once more, to refuse a header that changed while the key was being fetched.
 //  2. [Inspection.Verify] and [Inspection.Open] build a new, minimal header from the judged values (one keyslot, one digest, one
 //     segment), put it with the keyslot's area into a memory file and let luks.go unseal that. So luks.go never parses bytes
 //     that came from a disk, and no difference between two JSON parsers matters.

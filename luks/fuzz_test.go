@@ -57,6 +57,7 @@ func FuzzLUKS1(f *testing.F) {
 	f.Add([]byte("SKUL\xba\xbe\x00\x01"), uint16(0))
 	f.Add([]byte{0, 0}, uint16(offVersion))
 	f.Add([]byte{1, 0}, uint16(offVersion))
+	f.Add([]byte{1, 1}, uint16(offVersion))
 	f.Add(bytes.Repeat([]byte{0xff}, size-8), uint16(8))
 	f.Add(make([]byte, size-8), uint16(8))
 	f.Add([]byte("cipher_null\x00"), uint16(8))

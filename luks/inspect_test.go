@@ -36,6 +36,13 @@ func TestKinds(t *testing.T) {
 			return path
 		}
 	}
+	only := func(at int64, text string) func(t *testing.T) string {
+		return func(t *testing.T) string {
+			path := blank(t, imageSize)
+			write(t, path, at, []byte(text))
+			return path
+		}
+	}
 	for _, c := range []struct {
 		name string
 		make func(t *testing.T) string
@@ -68,6 +75,17 @@ func TestKinds(t *testing.T) {
 			write(t, path, 0, make([]byte, 0x8000))
 			return path
 		}, KindNone},
+		// What a cut leaves of the text alone is torn; text of anybody else is none, so that it is never taken for ours.
+		{"the text alone", only(binarySize, `{"keyslots":{"0":`), KindTorn},
+		{"the text's second sector alone", only(secondaryAt+binarySize+512, `"size":"dynamic"}`), KindTorn},
+		{"the text's first bytes alone", only(binarySize, `{"k`), KindTorn},
+		{"the text at another place", only(0, `{"keyslots":{"0":`), KindNone},
+		{"the text in the second header", only(secondaryAt+512, `{"keyslots":{"0":`), KindNone},
+		{"another text", only(binarySize, `{"segments":{"0":`), KindNone},
+		{"a text with spaces", only(binarySize+512, `some words`), KindNone},
+		{"a text with lines", only(binarySize+512, "a\nb"), KindNone},
+		{"bytes", only(binarySize+512, "\x80\xff"), KindNone},
+		{"two texts in a sector", only(binarySize+512, "a\x00b"), KindNone},
 		{"LUKS1", func(t *testing.T) string {
 			path := blank(t, imageSize)
 			mustRun(t, rightKey().Passphrase(), "cryptsetup", "luksFormat", "--batch-mode", "--type", "luks1", "--pbkdf-force-iterations", "1000",

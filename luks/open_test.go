@@ -313,6 +313,10 @@ func TestCompare(t *testing.T) {
 			t.Errorf("%s: accepted", name)
 		}
 	}
+	i.checked.offset += 4096 // unsealing does compare
+	if r := reasons(t, i.Verify(rightKey())); !strings.Contains(r, "not the one that was checked") {
+		t.Error(r)
+	}
 }
 
 // A panic in luks.go is an error of this volume. The value that makes one is let past the check by hand.

@@ -341,17 +341,25 @@ func TestOddDisks(t *testing.T) {
 			t.Errorf("logical sectors and the header's of %s: %q, want %v", disk.Name, got, sectors)
 		}
 	}
-	files := writeFiles(n, points...)
+	// The power goes, and a boot volume comes back that says of one that was mounted, and no more, that it is being formatted.
+	files := writeFiles(n, points[:3]...)
+	const record = "/var/lib/luks-kms-agent/volumes/$(luks-kms-agent status --json | tr -d ' ,\"' | sed -n '/^identity:vol-0aaaaaaaaaaaaaaa1$/,/^uuid:/s/^uuid://p').json"
+	n.Sh("cp -a " + record + " /root/ready.json && sed -i 's/\"ready\"/\"formatting\"/' " + record + " && sync")
+	n.PowerCut()
+	n.Boot()
+	wantTold(t, n, "3", told{ssd1: nil, native: nil, odd: nil, ebs1: {"recorded as being formatted", "the record is older than the volume"}})
+	wantMounted(t, n, points[:3]...)
+	wantFiles(t, n, files, "after the power cut", points[:3]...)
+	n.Sh("cp -a /root/ready.json " + record)
+	wantWhole(t, n, points...)
 
-	// With files on it, it is refused: a filesystem that is not quite clean needs to write.
+	// One with data is refused where it cannot be written: a filesystem that is not quite clean needs to write.
 	n.Sh("luks-kms-agent lock && blockdev --setro $(readlink -f " + ebs1Device + ")")
 	start(n)
 	wantTold(t, n, "6", told{ssd1: nil, native: nil, odd: nil, ebs1: {"read-only"}})
-
-	n.Reboot()
-	n.AwaitVolumes()
-	wantMounted(t, n, points...)
-	wantFiles(t, n, files, "after the reboot", points...)
+	n.Sh("blockdev --setrw $(readlink -f " + ebs1Device + ")")
+	wantWhole(t, n, points...)
+	wantFiles(t, n, files, "in the end", points[:3]...)
 }
 
 // TestClonesAndOldRecords: a clone beside its original, boot volumes that were restored to an older state or come from another
@@ -437,5 +445,5 @@ func TestClonesAndOldRecords(t *testing.T) {
 	if got := n.Sh("sha256sum /mnt1/plaintext-file"); !strings.Contains(files, got) {
 		t.Errorf("the file of the EBS volume: %s, before: %s", got, files)
 	}
-	wantCalls(t, n, 0, 4, 1)
+	wantCalls(t, n, 0, 5, 1) // a data key is not made for the new disk
 }

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
 )
@@ -142,27 +141,4 @@ func macOf(token map[string]any) (name string, mac []byte) {
 		}
 	}
 	return "", bytes.Repeat([]byte{1}, 32)
-}
-
-// TestPowerCutWhileFormatting: wherever the cut comes, the next boot finishes the job under the same data key.
-func TestPowerCutWhileFormatting(t *testing.T) {
-	t.Parallel()
-	n := harness.NewNode(t, assets, "", ssd1, ssd2, ebs1, ebs2)
-	n.On()
-	n.Await("the data key is proven", 3*time.Minute, func() bool { return n.KMS.Count("Decrypt") == 1 })
-	n.Await("a header is written", time.Minute, func() bool { return n.HasHeader("ssd1") || n.HasHeader("ebs1") })
-	n.PowerCut()
-	n.Boot()
-	n.AwaitVolumes()
-	wantMounted(t, n, "/mnt", "/mnt1", "/mnt2", "/mnt3")
-	if keys := n.KeyRecords(); len(keys) != 1 {
-		t.Errorf("%d key records, want 1", len(keys))
-	}
-	files := writeFiles(n, "/mnt", "/mnt1", "/mnt2", "/mnt3")
-	n.KMS.Forget()
-	n.PowerCut()
-	n.Boot()
-	n.AwaitVolumes()
-	wantCalls(t, n, 0, 1, 0)
-	wantFiles(t, n, files, "after a power cut", "/mnt", "/mnt1", "/mnt2", "/mnt3")
 }

@@ -299,13 +299,6 @@ func (n *Node) Find(name string, needles ...[]byte) []string {
 	return found
 }
 
-// HasHeader says whether a disk begins as a LUKS volume does.
-func (n *Node) HasHeader(name string) bool {
-	n.tb.Helper()
-	const magic = "LUKS\xba\xbe"
-	return string(n.readStart(name, len(magic))) == magic
-}
-
 // Fill puts bytes into a disk of a node that is switched off.
 func (n *Node) Fill(name string, offset int64, content []byte) {
 	n.tb.Helper()

@@ -70,8 +70,9 @@ func (a *Assets) takeSnapshot() (s snapshot, err error) {
 	}
 	defer m.kill()
 	// Logins, and nothing else that is under way; and what disks are made with, which takes every copy seconds.
-	const ready = "modprobe -a nvmet_tcp nvme_tcp loop; until systemctl -q is-active logins.service && test -z \"$(systemctl list-jobs --no-legend)\"; do sleep 1; done; " +
-		"udevadm settle; systemctl --failed --no-legend; sync"
+	const ready = `modprobe -a nvmet_tcp nvme_tcp loop
+		until systemctl -q is-active logins.service && test -z "$(systemctl list-jobs --no-legend)"; do sleep 1; done
+		udevadm settle; systemctl --failed --no-legend; sync`
 	response, err := m.ask(channel.Request{Op: channel.Exec, Command: ready, Timeout: 8 * time.Minute}, 9*time.Minute)
 	if err != nil {
 		return s, err

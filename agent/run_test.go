@@ -60,12 +60,16 @@ func newMachine(t *testing.T) *machine {
 	m.cfg = defaultConfig("config.yaml")
 	m.cfg.KMSKey, m.cfg.KMSEndpoint, m.cfg.IMDSEndpoint = m.kms.ARN(), m.kms.URL(), m.imds.URL()
 	m.cfg.Filesystem, m.cfg.StateDir = "ext4", filepath.Join(m.dir, "state")
-	m.cfg.RetryLimit, m.cfg.CallTimeout, m.cfg.DeviceWait = 300*time.Millisecond, 300*time.Millisecond, 0
+	m.cfg.RetryLimit, m.cfg.CallTimeout, m.cfg.DeviceWait = 20*time.Second, 20*time.Second, 0
 	if err := os.Mkdir(filepath.Join(m.dir, "mapper"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	return m
 }
+
+// impatient is for machines whose KMS or IMDS does not answer. A busy machine
+// needs most of this for the calls that do succeed.
+func (m *machine) impatient() { m.cfg.RetryLimit, m.cfg.CallTimeout = 2*time.Second, 2*time.Second }
 
 // disk adds a blank disk of 40 MiB.
 func (m *machine) disk(class volumes.Class, identity string) volumes.Device {
@@ -412,9 +416,9 @@ func TestNothingIsTouchedWithoutAKey(t *testing.T) {
 		"unknown key":         {func(m *machine) { m.cfg.KMSKey = m.kms.ARN()[:len(m.kms.ARN())-4] + "0000" }, keycache.ReasonNotFound},
 		"AWS managed":         {func(m *machine) { m.cfg.KMSKey = m.kms.NewKey(kmstest.KeySpec{Manager: "AWS"}) }, keycache.ReasonAWSManaged},
 		"asymmetric":          {func(m *machine) { m.cfg.KMSKey = m.kms.NewKey(kmstest.KeySpec{Spec: "RSA_2048"}) }, keycache.ReasonAsymmetric},
-		"no role":             {func(m *machine) { m.imds.Set(kmstest.NoRole) }, keycache.ReasonNoCredentials},
-		"KMS down":            {func(m *machine) { m.kms.Fail(kmstest.Fault{Cut: true}) }, keycache.ReasonUnavailable},
-		"KMS hangs":           {func(m *machine) { m.kms.Fail(kmstest.Fault{Hang: true}) }, keycache.ReasonUnavailable},
+		"no role":             {func(m *machine) { m.impatient(); m.imds.Set(kmstest.NoRole) }, keycache.ReasonNoCredentials},
+		"KMS down":            {func(m *machine) { m.impatient(); m.kms.Fail(kmstest.Fault{Cut: true}) }, keycache.ReasonUnavailable},
+		"KMS hangs":           {func(m *machine) { m.impatient(); m.kms.Fail(kmstest.Fault{Hang: true}) }, keycache.ReasonUnavailable},
 		"another key comes":   {func(m *machine) { m.kms.Fail(kmstest.Fault{Op: "Decrypt", Rewrite: otherPlaintext}) }, ""},
 		"no such kernel":      {func(m *machine) { m.fail = failing("kernel", "") }, ""},
 		"device is taken":     {func(m *machine) { m.fail = failing("hold", "") }, ""},
@@ -478,6 +482,7 @@ func TestWithoutIdentityNothingIsDone(t *testing.T) {
 		t.Run(string(mode), func(t *testing.T) {
 			m := newMachine(t)
 			m.disk(volumes.ClassEBS, "vol-1")
+			m.impatient()
 			m.imds.Set(mode)
 			before := m.sums()
 			_, err := m.node().Run(t.Context())

@@ -102,7 +102,7 @@ func TestInspectIsBounded(t *testing.T) {
 		var err error
 		n := allocated(func() { i, err = inspect(r, size) })
 		took := time.Since(begin)
-		if err != nil || i.Pass() {
+		if err != nil || i.Pass() || i.Kind == KindLUKS2 && len(i.Reasons) == 0 {
 			t.Errorf("%s: %v, %+v", name, err, i)
 			return
 		}
@@ -143,8 +143,12 @@ func TestInspectIsBounded(t *testing.T) {
 		}
 		check(name+", nine secondaries", large, 1<<40)
 	}
-	for name, text := range worstTexts(largest - lukstest.Binary - 1) {
-		check(name+", filling 4 MiB", both(largest, text), 1<<40)
+	// Of that size the text itself: nothing of it is decoded.
+	for name, text := range map[string]string{
+		"members": `{"keyslots":{` + listOf(largest-5000, func(i int) string { return fmt.Sprintf(`"%x":{}`, i) }) + "}}",
+		"lists":   strings.Repeat("[", largest-5000),
+	} {
+		check(name+" of 4 MiB", both(largest, text), 1<<40)
 	}
 
 	// Copies that differ in all that they say.

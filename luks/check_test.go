@@ -163,6 +163,7 @@ func TestHostileHeaders(t *testing.T) {
 		{"areas overlap", "overlap", func(m tree) { second(m, fmt.Sprint(32768+4096)) }},
 		{"slot of a reencryption", `type "reencrypt"`, func(m tree) { slot(m)["type"] = "reencrypt" }},
 		{"splitter of another hash", "anti-forensic", func(m tree) { slot(m).At("af")["hash"] = "sha1" }},
+		{"splitter of another type", `anti-forensic splitter "luks2"`, func(m tree) { slot(m).At("af")["type"] = "luks2" }},
 		{"splitter of one stripe", "anti-forensic", func(m tree) { slot(m).At("af")["stripes"] = 1 }},
 		{"unknown kdf of another slot", `keyslot 1: kdf "scrypt"`, func(m tree) {
 			second(m, "290816")

@@ -289,6 +289,20 @@ func TestNames(t *testing.T) {
 	}
 }
 
+// The header for luks.go is never cut.
+func TestBuildPrimaryRefusesWhatDoesNotFit(t *testing.T) {
+	room := memoryHeader - binarySize - 1 // and a NUL
+	for name, c := range map[string]struct {
+		uuid string
+		text int
+		fits bool
+	}{"all room": {testUUID, room, true}, "text": {testUUID, room + 1, false}, "UUID": {strings.Repeat("0", lenUUID), 2, false}} {
+		if _, err := buildPrimary(memoryHeader, c.uuid, make([]byte, c.text)); (err == nil) != c.fits {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // What luks.go made of the header is held against what was judged.
 func TestCompare(t *testing.T) {
 	t.Parallel()

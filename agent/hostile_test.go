@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
@@ -19,18 +18,11 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
-// patient is a machine for tests in which KMS always answers, however busy the host is.
-func patient(t *testing.T) *machine {
-	m := newMachine(t)
-	m.cfg.RetryLimit, m.cfg.CallTimeout = time.Minute, time.Minute
-	return m
-}
-
 // Each attack on a volume that a first boot made, with its record and without: it is refused as a header, which is exit code 7
 // (cmd's TestExitCodesAndRemedies), nothing is mapped or written, and the other volume opens. That each check stands by itself is
 // for luks's TestEachCheckAlone.
 func TestAttacksInRun(t *testing.T) {
-	m := patient(t)
+	m := newMachine(t)
 	victim := m.disk(volumes.ClassEBS, "vol-1")
 	m.disk(volumes.ClassEBS, "vol-2")
 	m.runOK()
@@ -97,7 +89,7 @@ func opened(m *machine) []string {
 
 // A person adds a slot, removes another and more, all with plain cryptsetup: the volume opens with its record, and is adopted without.
 func TestHeaderChangedByAPersonOpens(t *testing.T) {
-	m := patient(t)
+	m := newMachine(t)
 	d := m.disk(volumes.ClassEBS, "vol-1")
 	m.runOK()
 	m.reboot()
@@ -164,7 +156,7 @@ func TestForeignDisksInRun(t *testing.T) {
 	}
 	noise := make([]byte, mib)
 	rand.NewChaCha8([32]byte{3}).Read(noise)
-	m := patient(t)
+	m := newMachine(t)
 	want := map[string]string{} // identity -> in the reason
 	for i, c := range []struct {
 		want string

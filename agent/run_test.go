@@ -836,6 +836,7 @@ func TestNodeWithoutInstanceIDUsesNoRecords(t *testing.T) {
 	m.runOK()
 	m.reboot()
 	records := fmt.Sprint(m.records())
+	m.impatient()
 	m.imds.SetIdentity("instanceId", "")
 	if _, err := m.node().Run(t.Context()); err == nil {
 		t.Error("it ran")

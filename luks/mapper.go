@@ -67,8 +67,7 @@ func Announce(name string) error {
 	return nil
 }
 
-// explain turns the kernel's answer to a creation into one of our errors. What was created is removed by then, except where the
-// last of the three steps failed, which takes a kernel without memory.
+// explain turns the kernel's answer to a creation into one of our errors. What was created is removed by then.
 func (dm mapper) explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):

@@ -24,11 +24,14 @@ func createMapping(v *luksgo.Volume, name string) error {
 	if err := devmapper.Create(name, uuid); err != nil {
 		return err
 	}
-	if err := loadTable(v, name); err != nil {
-		_ = devmapper.Remove(name)
-		return err
+	err := loadTable(v, name)
+	if err == nil {
+		err = devmapper.Resume(name)
 	}
-	return devmapper.Resume(name)
+	if err != nil {
+		_ = devmapper.Remove(name) // the first error is the one that matters
+	}
+	return err
 }
 
 // loadTable gives a mapping its table (DM_TABLE_LOAD, include/uapi/linux/dm-ioctl.h).

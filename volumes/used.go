@@ -67,6 +67,9 @@ func xfsMounted(r io.ReaderAt) (bool, error) {
 	if _, err := r.ReadAt(log, int64(at)); err != nil {
 		return false, err
 	}
+	if len(bytes.Trim(log, "\x00")) == 0 {
+		return false, nil // mkfs was cut before the log was on the disk
+	}
 	const magic, firstCycle = 0xfeedbabe, 1
 	made := be.Uint32(log) == magic && be.Uint32(log[4:]) == firstCycle && !bytes.Contains(log[512:record], be.AppendUint32(nil, magic))
 	return !made || len(bytes.Trim(log[record:], "\x00")) != 0, nil

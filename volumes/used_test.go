@@ -23,6 +23,7 @@ func TestEverMounted(t *testing.T) {
 		{"xfs with something far behind the first", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p)+100<<10, 1) }, true},
 		{"xfs whose log went round", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), 0xfe, 0xed, 0xba, 0xbe, 0, 0, 0, 2) }, true},
 		{"xfs whose mkfs was cut", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), 9, 9); writeAt(t, p, 126, 1) }, false},
+		{"xfs whose log never reached the disk", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), make([]byte, 512<<10)...) }, false},
 		{"of a kind that is not known", "btrfs", func(string) {}, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {

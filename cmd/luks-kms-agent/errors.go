@@ -181,7 +181,7 @@ func refusedHint(e *agent.RefusedError) string {
 	case agent.RefusedShared:
 		return "Add it to `exclude:`; or, if no other instance ever has it attached, set `multi_attach: allow`. Nothing was written to it."
 	case agent.RefusedDevice:
-		return "Attach the disk again, or take it out of the configuration; `luks-kms-agent plan` shows what is there."
+		return "Attach the disk (a larger or writable one, if that is what it says), or take it out of the configuration; `luks-kms-agent plan` shows what is there."
 	}
 	return "Nothing was written to it. If it is not meant for the agent, add it to `exclude:`; if its content may go, `wipefs -a` and zero it by hand."
 }

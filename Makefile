@@ -43,8 +43,8 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/staticcheck honnef.co/go/tools/cmd/staticcheck
 	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/depguard github.com/OpenPeeDeeP/depguard/v2/cmd/depguard
 	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "gofmt would change:"; echo "$$bad"; exit 1; fi
-	@$(GO) vet -tags 'vm soak' ./... $(TALLY)
-	@$(CACHE)/tools/staticcheck -tags 'vm soak' ./... $(TALLY)
+	@$(GO) vet -tags 'vm soak recovery' ./... $(TALLY)
+	@$(CACHE)/tools/staticcheck -tags 'vm soak recovery' ./... $(TALLY)
 	@$(CACHE)/tools/depguard ./...
 	@find . -name '*.sh' -not -path './.git/*' -print0 | xargs -0 shellcheck .ci/run
 	@echo "lint: OK"
@@ -95,7 +95,7 @@ fuzz: ## run each fuzz test for FUZZTIME (30s); ends with a table, and fails if 
 
 CUTS ?= 50
 soak: ## cut the power CUTS (50) times at random moments, in VMs; ends with a table, and fails if anything was lost
-	@$(GO) test -v -count=1 -timeout 12h -tags 'vm soak' -parallel 2 -run '^TestSoak$$' ./test/vm -cuts $(CUTS)
+	@$(GO) test -v -count=1 -timeout 12h -tags 'vm soak recovery' -parallel 2 -run '^TestSoak$$' ./test/vm -cuts $(CUTS)
 
 install: build ## install under DESTDIR: program, units, cloud-init drop-in, examples (enables nothing, overwrites no configuration)
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent

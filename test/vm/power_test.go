@@ -57,7 +57,7 @@ func TestPowerCutAtEveryStep(t *testing.T) {
 type firstBootCut struct {
 	step        string
 	keyRecorded bool // by then
-	boots       bool // the node boots after the cut, and once more after another one; else it is resumed
+	boots       bool // the node truly boots after the cut, and once more after another one; else it is resumed
 	writes      bool // files are written and synced before the cut: that flushes what the agent should have flushed
 }
 

@@ -1,4 +1,4 @@
-//go:build vm
+//go:build vm && recovery
 
 package vm_test
 

@@ -140,7 +140,8 @@ func (n *Node) Hold(step string) (pid string) {
 	n.tb.Helper()
 	n.Sh("rm -f /run/luks-kms-agent.held; printf %s '" + step + "' >/run/luks-kms-agent.hold; " +
 		"systemd-run --quiet --collect --unit=" + heldUnit + " -p LimitMEMLOCK=infinity -p LimitCORE=infinity -p CapabilityBoundingSet=~CAP_SYS_PTRACE " +
-		"-E STORY='" + inMemory + "' /usr/local/lib/story/luks-kms-agent-hold run")
+		// With GOTRACEBACK=crash a Go program that crashes wants to leave a core.
+		"-E GOTRACEBACK=crash -E STORY='" + inMemory + "' /usr/local/lib/story/luks-kms-agent-hold run")
 	n.Await("the agent is at the step "+step, 2*time.Minute, func() bool {
 		if n.Try("test -e /run/luks-kms-agent.held").Code == 0 {
 			return true

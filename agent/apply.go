@@ -281,6 +281,8 @@ func (a *applier) stillMayFormat(ctx context.Context, act Action, key *keycache.
 		return changed("it holds " + describeKind(header.Kind))
 	case header.Header != nil && header.Header.UUID != act.Volume.UUID:
 		return changed("it holds LUKS volume " + header.Header.UUID)
+	case header.Kind == luks.KindLUKS2 && finished(*header) && !header.Pass():
+		return changed("its LUKS header cannot be trusted: " + strings.Join(header.Reasons, "; "))
 	case header.Kind != luks.KindLUKS2 || !header.Pass() || act.OpenAs != "":
 		// Torn, without key slots or without token: luksFormat was cut. Nothing
 		// can have been written into a volume that never opened.

@@ -366,11 +366,12 @@ func (d *decision) ready(a Action, rec keycache.VolumeRecord) Action {
 // only in a state that our own format leaves, is written again.
 func (d *decision) formatting(a Action, rec keycache.VolumeRecord) Action {
 	h := a.Device.Header
-	refuse := func(what string) Action {
-		a.Verb, a.Refusal = Refuse, RefusedContent
+	refuseAs := func(kind Refusal, what string) Action {
+		a.Verb, a.Refusal = Refuse, kind
 		a.Reason = fmt.Sprintf("volume %s is recorded as being formatted, but %s", rec.UUID, what)
 		return a
 	}
+	refuse := func(what string) Action { return refuseAs(RefusedContent, what) }
 	if !sameDisk(rec, a.Device.Device) || rec.Size != a.Device.Size {
 		return refuse(fmt.Sprintf("on %s with %d bytes, and this is %s with %d bytes", rec.Identity, rec.Size, a.Device.Identity, a.Device.Size))
 	}
@@ -379,6 +380,8 @@ func (d *decision) formatting(a Action, rec keycache.VolumeRecord) Action {
 		return refuse(fmt.Sprintf("the disk holds LUKS volume %s", h.Header.UUID))
 	case h.Kind == luks.KindLUKS1:
 		return refuse("the disk holds a LUKS1 volume")
+	case h.Kind == luks.KindLUKS2 && finished(*h) && !h.Pass():
+		return refuseAs(RefusedHeader, "its LUKS header cannot be trusted: "+strings.Join(h.Reasons, "; "))
 	case h.Kind == luks.KindNone && (a.Device.Content == nil || !a.Device.Content.Blank && !headless(*a.Device.Content)):
 		detail := "its content was not read"
 		if a.Device.Content != nil {
@@ -388,6 +391,11 @@ func (d *decision) formatting(a Action, rec keycache.VolumeRecord) Action {
 	}
 	return d.resume(a, "an earlier format was cut before it was finished")
 }
+
+// finished says whether a header is one that a format of ours came to the end of: the
+// token comes last. A cut leaves none that fails the check, so there may be data behind
+// one that does, and a record that is older than that.
+func finished(h luks.Inspection) bool { return h.Header != nil && len(h.Header.Tokens) > 0 }
 
 // headless says whether a disk without a header looks as luksFormat leaves it when
 // it is cut before it writes one: zeros where the headers will be, then noise. The

@@ -116,6 +116,13 @@ func realHeader(uuid string) luks.Inspection {
 
 func kind(k luks.Kind) *luks.Inspection { return &luks.Inspection{Kind: k} }
 
+// tokenless is what a format leaves that was cut before it wrote its token.
+func tokenless(uuid string) *luks.Inspection {
+	i := ours(uuid, "no token")
+	i.Header.Tokens, i.Header.Token = nil, nil
+	return i
+}
+
 func foreignLUKS(uuid string) *luks.Inspection {
 	return &luks.Inspection{Kind: luks.KindLUKS2, Header: &luks.Header{UUID: uuid}}
 }
@@ -154,7 +161,8 @@ func TestDecisionTable(t *testing.T) {
 		{"formatting, torn", recorded(formatting, vol).device(vol, kind(luks.KindTorn), nil), "format /mnt: cut"},
 		{"formatting, no key slots", recorded(formatting, vol).device(vol, kind(luks.KindEmpty), nil), "format /mnt: cut"},
 		{"formatting, our UUID", recorded(formatting, vol).device(vol, ours(a), nil), "format /mnt: cut"},
-		{"formatting, our UUID without token", recorded(formatting, vol).device(vol, ours(a, "no token"), nil), "format /mnt: cut"},
+		{"formatting, our UUID without token", recorded(formatting, vol).device(vol, tokenless(a), nil), "format /mnt: cut"},
+		{"formatting, finished, tampered", recorded(formatting, vol).device(vol, ours(a, "cipher is null"), nil), "refuse header: cipher is null"},
 		{"formatting, another UUID", recorded(formatting, vol).device(vol, ours(b), nil), "refuse content: holds LUKS volume " + b},
 		{"formatting, ext4", recorded(formatting, vol).device(vol, none(), ext4Content()), "refuse content: ext4"},
 		{"formatting, LUKS1", recorded(formatting, vol).device(vol, kind(luks.KindLUKS1), nil), "refuse content: LUKS1"},
@@ -450,7 +458,7 @@ func TestPlanInvariants(t *testing.T) {
 			case 2:
 				f.Header = ours(uuid)
 			case 3:
-				f.Header = ours(uuid, "bad")
+				f.Header = []*luks.Inspection{ours(uuid, "bad"), tokenless(uuid)}[pick("token", 2)]
 			case 4:
 				f.Header = kind(luks.KindTorn)
 			case 5:
@@ -599,6 +607,9 @@ func checkSafe(t *rapid.T, f Facts, a Action) {
 		}
 		if a.OpenAs == "" && (!sameDisk(rec, d.Device) || rec.Size != d.Size) {
 			t.Fatalf("resumed on another disk: %+v", a)
+		}
+		if h := d.Header; h != nil && h.Header != nil && len(h.Header.Tokens) > 0 && !h.Pass() {
+			t.Fatalf("resumed over a finished header that fails the check: %+v", a)
 		}
 		return
 	}

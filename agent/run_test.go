@@ -23,6 +23,7 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
 	"github.com/luks-kms-agent/luks-kms-agent/systemd"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
@@ -579,6 +580,27 @@ func TestFormatCutBeforeTheHeaderIsTakenUp(t *testing.T) {
 	}
 }
 
+// A header that was finished, and that fails the check once KMS has answered, is not formatted over: what is behind it may be data.
+func TestFinishedHeaderThatFailsIsNotFormatted(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.fail = failing("open", "")
+	m.run()
+	var before map[string][32]byte
+	m.fail = func(step, _ string) error {
+		if step != "hold" {
+			return nil
+		}
+		err := lukstest.Attacks()[0].Do(d.Path)
+		before = m.sums()
+		return err
+	}
+	if errs := m.run().Failures(); len(errs) != 1 || !strings.Contains(errs[0].Error(), "its LUKS header cannot be trusted") {
+		t.Errorf("got %v, want a refusal", errs)
+	}
+	m.untouched(before)
+}
+
 // A volume that is recorded as being formatted but holds somebody's filesystem is
 // not formatted again; one that holds our own mkfs's is.
 func TestResumeLooksInsideFirst(t *testing.T) {
@@ -872,6 +894,62 @@ func TestVolumesAreAdoptedFromTheirTokens(t *testing.T) {
 	m.untouched(before)
 	m.reboot()
 	m.runOK()
+}
+
+// What opens by our token and holds no filesystem of ours was never in use by us: it is neither recorded nor left open.
+func TestVolumeWithoutAFilesystemIsNotAdopted(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	plain := m.plain("vol-1")
+	m.reboot()
+	if err := errors.Join(os.RemoveAll(m.cfg.StateDir), os.Truncate(plain, 0), os.Truncate(plain, 24<<20)); err != nil {
+		t.Fatal(err)
+	}
+	before := m.sums()
+	var refused *RefusedError
+	if errs := m.run().Failures(); len(errs) != 1 || !errors.As(errs[0], &refused) || !strings.Contains(refused.Reason, "holds no") {
+		t.Errorf("got %v, want a refusal", errs)
+	}
+	if r := m.records(); len(r.Volumes) > 0 || len(m.open) > 0 {
+		t.Errorf("records %v, open %v", r.Volumes, m.open)
+	}
+	m.untouched(before)
+}
+
+// While one run works no other does, and the one that waits in vain says for whom.
+func TestSecondRunWaitsForTheFirst(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	second := m.node()
+	var err error
+	m.fail = func(step, _ string) error {
+		if step == "hold" {
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			defer cancel()
+			_, err = second.Run(ctx)
+		}
+		return nil
+	}
+	m.runOK()
+	if !errors.Is(err, keycache.ErrLocked) || !strings.Contains(err.Error(), fmt.Sprint("process ", os.Getpid())) {
+		t.Errorf("the second run: %v", err)
+	}
+}
+
+func TestKeysAreWipedAtTheEnd(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	n := m.node()
+	wipe := n.wipeKeys
+	wiped := 0
+	n.wipeKeys = func(keys ...*keycache.Key) error {
+		wiped += len(keys)
+		return wipe(keys...)
+	}
+	if _, err := n.Run(t.Context()); err != nil || wiped != 1 {
+		t.Errorf("%d keys were wiped, want 1 (%v)", wiped, err)
+	}
 }
 
 func TestRecordsOfAnImageAreNotUsed(t *testing.T) {

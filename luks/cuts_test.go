@@ -290,6 +290,8 @@ func taken(i *Inspection, d disk) string {
 		return "it shows another UUID"
 	case i.Kind == KindLUKS1:
 		return "it is LUKS1"
+	case i.Kind == KindLUKS2 && len(i.Header.Tokens) > 0 && !i.Pass():
+		return fmt.Sprintf("it has a token and fails the check: %q", i.Reasons)
 	case i.Kind == KindNone && len(bytes.Trim(d.front, "\x00")) != 0:
 		return fmt.Sprintf("no header, and bytes before the key slots: %q", bytes.Trim(d.front, "\x00"))
 	}

@@ -96,6 +96,10 @@ func (o *globalOptions) node(stderr io.Writer) (*agent.Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	return o.nodeWith(log)
+}
+
+func (o *globalOptions) nodeWith(log *zap.Logger) (*agent.Node, error) {
 	cfg, err := agent.LoadConfig(o.config)
 	if err != nil {
 		return nil, err

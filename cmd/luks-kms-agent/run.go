@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 
 	"github.com/luks-kms-agent/luks-kms-agent/agent"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
@@ -35,10 +36,15 @@ service luks-kms-agent.service runs it at every boot; run again, it changes noth
 // carryOut is what run and unlock share: protect the process's memory before a
 // key is in it, do the work, tell how it went.
 func carryOut(cmd *cobra.Command, opts *globalOptions, do func(*agent.Node) (agent.Report, error)) error {
-	if err := keycache.ProtectMemory(); err != nil {
+	log, err := opts.logger(cmd.ErrOrStderr())
+	if err != nil {
 		return err
 	}
-	node, err := opts.node(cmd.ErrOrStderr())
+	// Where that is not allowed the node has to come up all the same; the keys themselves are in pages of their own.
+	if err := keycache.ProtectMemory(); err != nil {
+		log.Warn("copies of keys may be swapped or dumped while this runs", zap.Error(err))
+	}
+	node, err := opts.nodeWith(log)
 	if err != nil {
 		return err
 	}

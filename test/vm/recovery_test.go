@@ -1,4 +1,4 @@
-//go:build vm && recovery
+//go:build vm
 
 package vm_test
 

@@ -89,6 +89,9 @@ func TestSecretsAreWiped(t *testing.T) {
 	for _, leak := range n.Leaks() {
 		t.Errorf("leak: %s", leak)
 	}
+	// Where memory may not be locked the volumes open all the same.
+	r := n.Try("luks-kms-agent lock && prlimit --memlock=1048576 setpriv --bounding-set=-ipc_lock luks-kms-agent unlock")
+	wantRefusal(t, r, 0, "cannot lock memory", "1 unlocked")
 	found := n.BootDiskHolds(swapped)
 	n.PowerOff()
 	if found := found(); len(found) > 0 {

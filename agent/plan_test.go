@@ -27,6 +27,8 @@ const (
 	gib      = int64(1) << 30
 )
 
+var otherKeyARN = strings.Replace(testKey, "0987", "1111", 1)
+
 // world builds facts in the order in which a story tells them.
 type world struct{ Facts }
 
@@ -407,14 +409,14 @@ func TestKeysByScope(t *testing.T) {
 		t.Errorf("volume scope: got %q", got)
 	}
 	w.Config.KeyScope = ScopeNode
-	w.Config.KMSKey = strings.Replace(testKey, "0987", "1111", 1)
+	w.Config.KMSKey = otherKeyARN
 	if got := ids(); !slices.Equal(got, []string{"", ""}) {
 		t.Errorf("another KMS key: got %q", got)
 	}
 }
 
 func TestAdoptionAsksOnlyAboutAllowedKeys(t *testing.T) {
-	other := strings.Replace(testKey, "0987", "1111", 1)
+	other := otherKeyARN
 	in := ours("aaaaaaaa-0000-4000-8000-000000000001")
 	in.Header.Token.KeyARN = other
 	w := newWorld().device(ebs("nvme1n1", "vol-1"), in, nil)
@@ -437,7 +439,12 @@ func TestPlanInvariants(t *testing.T) {
 		if pick("problem", 8) == 0 {
 			w.Records.Problems = []keycache.RecordError{{Path: "p", ID: "k1", Kind: "key", Err: errors.New("corrupt")}}
 		}
-		w.Config.EBS = []Policy{PolicyFormat, PolicyUnlock, PolicyIgnore}[pick("policy", 3)]
+		policies := []Policy{PolicyFormat, PolicyFormat, PolicyUnlock, PolicyIgnore}
+		w.Config.EBS, w.Config.InstanceStore = policies[pick("EBS", 4)], policies[pick("instance store", 4)]
+		w.Config.KeyScope = []KeyScope{ScopeNode, ScopeVolume}[pick("scope", 2)]
+		if pick("exclude", 4) == 0 {
+			w.Config.Exclude = []string{fmt.Sprintf("vol-%d", pick("excluded", 5))}
+		}
 		for i := range rapid.IntRange(0, 4).Draw(t, "devices") {
 			name := fmt.Sprintf("nvme%dn1", i+1)
 			d := ebs(name, fmt.Sprintf("vol-%d", pick("identity", 5)))
@@ -446,11 +453,17 @@ func TestPlanInvariants(t *testing.T) {
 			}
 			uuid := uuids[pick("uuid", 3)]
 			d.ReadOnly, d.Shared = pick("ro", 8) == 0, pick("shared", 8) == 0
-			if pick("small", 8) == 0 {
+			switch pick("size", 8) {
+			case 0:
 				d.Size = 20 << 20
+			case 1:
+				d.Size = 2 * gib // another one than its record has
+			}
+			if pick("named", 8) == 0 {
+				d.Named = d.Identity
 			}
 			f := DeviceFacts{Device: d}
-			switch pick("content", 10) {
+			switch pick("content", 14) {
 			case 0:
 				f.Header, f.Content = none(), blank()
 			case 1:
@@ -471,6 +484,16 @@ func TestPlanInvariants(t *testing.T) {
 				f.Device = open(d, uuid, []string{"/mnt", "/data"}[:pick("mounts", 3)]...)
 			case 9:
 				f.Uses = []volumes.Use{{Kind: volumes.UseSystem, What: "/", Evidence: "/ is here"}}
+			case 10:
+				f.Header, f.Content = none(), &volumes.Content{Detail: "noise", NoiseFrom: int64(16<<10) << pick("noise", 3)}
+			case 11:
+				f.Header = ours(uuid)
+				f.Header.PrimaryDamaged = true
+			case 12:
+				f.Header = ours(uuid)
+				f.Header.Header.Token.KeyARN = otherKeyARN
+			case 13:
+				f.Header = kind(luks.KindLUKS1)
 			}
 			w.Devices = append(w.Devices, f)
 		}
@@ -580,6 +603,19 @@ func checkSafe(t *rapid.T, f Facts, a Action) {
 	if a.Verb.acts() && a.OpenAs == "" && d.Shared && d.Class == volumes.ClassEBS {
 		t.Fatalf("%s of a Multi-Attach volume: %+v", a.Verb, a)
 	}
+	if slices.Contains(f.Config.Exclude, d.Identity) && d.Identity != "" && a.Verb != Leave {
+		t.Fatalf("%s of a disk that is excluded: %+v", a.Verb, a)
+	}
+	switch rec := f.Records.Volumes[a.Volume.UUID]; a.Verb {
+	case Unlock:
+		if rec.State != keycache.StateReady || rec.InstanceID != f.InstanceID || !d.Header.Pass() || d.Header.Header.UUID != rec.UUID {
+			t.Fatalf("unlock of what is not a ready volume with a header that passes: %+v", a)
+		}
+	case Adopt:
+		if !d.Header.Pass() || a.Key.KeyARN != testKey || rec.InstanceID == f.InstanceID {
+			t.Fatalf("adoption of what does not pass, is recorded, or is under a key that is not allowed: %+v", a)
+		}
+	}
 	if a.Verb != Format {
 		return
 	}
@@ -613,7 +649,8 @@ func checkSafe(t *rapid.T, f Facts, a Action) {
 		}
 		return
 	}
-	if !isBlank || d.Class == volumes.ClassEBS && f.Config.EBS != PolicyFormat {
+	policy := map[volumes.Class]Policy{volumes.ClassEBS: f.Config.EBS, volumes.ClassInstanceStore: f.Config.InstanceStore}[d.Class]
+	if !isBlank || policy != PolicyFormat && d.Named == "" {
 		t.Fatalf("format of what is not proven blank, or against policy: %+v", a)
 	}
 }

@@ -97,7 +97,7 @@ CUTS ?= 50
 soak: ## cut the power CUTS (50) times at random moments, in VMs; ends with a table, and fails if anything was lost
 	@$(GO) test -v -count=1 -timeout 12h -tags 'vm soak' -parallel 2 -run '^TestSoak$$' ./test/vm -cuts $(CUTS)
 
-protections: ## take away what protects data, one thing at a time, and see its test fail (an hour; with VM=-vm the stories too)
+protections: ## take away what protects data, one thing at a time, and see its test fail (about 20 minutes; with VM=-vm the stories too)
 	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd)
 	@$(GO) run ./test/protections $(VM) $(if $(ONLY),-only '$(ONLY)')
 

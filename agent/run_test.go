@@ -921,17 +921,18 @@ func TestVolumeWithoutAFilesystemIsNotAdopted(t *testing.T) {
 func TestSecondRunWaitsForTheFirst(t *testing.T) {
 	m := newMachine(t)
 	m.disk(volumes.ClassEBS, "vol-1")
-	second := m.node()
+	first, second := m.node(), m.node()
 	var err error
-	m.fail = func(step, _ string) error {
-		if step == "hold" {
+	first.atStep = func(s step) {
+		if s == stepIntent {
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			defer cancel()
 			_, err = second.Run(ctx)
 		}
-		return nil
 	}
-	m.runOK()
+	if r, err := first.Run(t.Context()); err != nil || len(r.Failures()) > 0 {
+		t.Errorf("the first run: %v, %v", r.Failures(), err)
+	}
 	if !errors.Is(err, keycache.ErrLocked) || !strings.Contains(err.Error(), fmt.Sprint("process ", os.Getpid())) {
 		t.Errorf("the second run: %v", err)
 	}

@@ -23,6 +23,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/service/kms"
+
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
 )
 
@@ -172,6 +174,58 @@ func TestDecryptNeedsOnlyArnAndWrappedKey(t *testing.T) {
 	}
 	if c := n.kms.Count("Decrypt"); c != 1 {
 		t.Errorf("KMS was asked %d times", c)
+	}
+}
+
+// An alias can be moved: what was wrapped before is still under the key that it was wrapped under.
+func TestDecryptNamesTheRecordsKey(t *testing.T) {
+	n := newNode(t)
+	n.kms.Alias("alias/disks", n.kms.ARN())
+	n.options.KeyID = "alias/disks"
+	k, r := n.generate(t)
+	n.kms.Alias("alias/disks", n.kms.NewKey(kmstest.KeySpec{}))
+	got, err := n.Decrypt(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer got.Wipe()
+	if calls := n.kms.Calls(); !got.Equal(k) || calls[len(calls)-1].KeyID != n.kms.ARN() {
+		t.Errorf("another key, or asked for: %+v", calls)
+	}
+}
+
+// answers is a KMS whose answers the test still holds when the call is over.
+type answers struct {
+	kmsAPI
+	arn       string
+	plaintext []byte
+}
+
+func (a answers) GenerateDataKey(context.Context, *kms.GenerateDataKeyInput, ...func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
+	return &kms.GenerateDataKeyOutput{KeyId: &a.arn, CiphertextBlob: []byte("wrapped"), Plaintext: a.plaintext}, nil
+}
+
+func (a answers) Decrypt(context.Context, *kms.DecryptInput, ...func(*kms.Options)) (*kms.DecryptOutput, error) {
+	return &kms.DecryptOutput{KeyId: &a.arn, Plaintext: a.plaintext}, nil
+}
+
+// What is refused is a key all the same.
+func TestPlaintextOfAnAnswerIsWiped(t *testing.T) {
+	n := newNode(t)
+	other := strings.Replace(n.kms.ARN(), kmstest.Account, "999999999999", 1)
+	for what, call := range map[string]func() error{
+		"GenerateDataKey": func() error { _, _, err := n.Generate(t.Context()); return err },
+		"Decrypt": func() error {
+			_, err := n.Decrypt(t.Context(), KeyRecord{KeyARN: n.kms.ARN(), WrappedKey: []byte("x")})
+			return err
+		},
+	} {
+		a := answers{arn: other, plaintext: bytes.Repeat([]byte{7}, keyLen)}
+		n.Client.kms = a
+		expect(t, call(), ReasonAnswer, "")
+		if !bytes.Equal(a.plaintext, make([]byte, keyLen)) {
+			t.Errorf("%s: the key is left in the answer", what)
+		}
 	}
 }
 
@@ -492,6 +546,7 @@ func TestErrorsShowNoPieceOfAnAnswer(t *testing.T) {
 	for _, body := range []string{
 		`{"Plaintext": "` + secret, `{"Plaintext": "` + secret + `!!"}`, `{"Plaintext": ["` + secret + `"]}`,
 		`{"KeyId": {"` + secret + `": 1}}`, secret, `{"Plaintext": "` + secret + `", "KeyId": 5}`, `{"` + secret + `"`,
+		`"` + secret + `"`, // of which the SDK says: expected '{', got …
 	} {
 		for _, status := range []int{200, 500} {
 			n := newNode(t, func(o *Options) { o.RetryLimit = -1 })
@@ -519,36 +574,36 @@ func TestErrorsShowNoPieceOfAnAnswer(t *testing.T) {
 func TestDeadlineOfEveryCall(t *testing.T) {
 	const timeout = 150 * time.Millisecond
 	short := func(o *Options) { o.CallTimeout, o.RetryLimit = timeout, -1 }
-	cases := map[string]func(n *node) (func() error, Reason, string){
-		"KMS hangs": func(n *node) (func() error, Reason, string) {
+	cases := map[string]func(n *node) (func(context.Context) error, Reason, string){
+		"KMS hangs": func(n *node) (func(context.Context) error, Reason, string) {
 			n.kms.Fail(kmstest.Fault{Hang: true})
-			return func() error { _, _, err := n.Generate(context.Background()); return err }, ReasonUnavailable, ""
+			return func(ctx context.Context) error { _, _, err := n.Generate(ctx); return err }, ReasonUnavailable, ""
 		},
-		"KMS body hangs": func(n *node) (func() error, Reason, string) {
+		"KMS body hangs": func(n *node) (func(context.Context) error, Reason, string) {
 			n.kms.Fail(kmstest.Fault{Status: 200, Delay: time.Minute})
-			return func() error { _, err := n.CheckKey(context.Background()); return err }, ReasonUnavailable, ""
+			return func(ctx context.Context) error { _, err := n.CheckKey(ctx); return err }, ReasonUnavailable, ""
 		},
-		"token hangs": func(n *node) (func() error, Reason, string) {
+		"token hangs": func(n *node) (func(context.Context) error, Reason, string) {
 			n.imds.Set(kmstest.HopLimit)
-			return func() error { _, err := n.Identity(context.Background()); return err }, ReasonIMDS, CodeTokenTimeout
+			return func(ctx context.Context) error { _, err := n.Identity(ctx); return err }, ReasonIMDS, CodeTokenTimeout
 		},
-		"document hangs": func(n *node) (func() error, Reason, string) {
+		"document hangs": func(n *node) (func(context.Context) error, Reason, string) {
 			n.imds.Set(kmstest.Hangs)
-			return func() error { _, err := n.Identity(context.Background()); return err }, ReasonIMDS, ""
+			return func(ctx context.Context) error { _, err := n.Identity(ctx); return err }, ReasonIMDS, ""
 		},
-		"credentials hang": func(n *node) (func() error, Reason, string) {
+		"credentials hang": func(n *node) (func(context.Context) error, Reason, string) {
 			n.options.Region = kmstest.Region
 			n.imds.Set(kmstest.Hangs)
-			return func() error { _, err := n.CheckKey(context.Background()); return err }, ReasonIMDS, ""
+			return func(ctx context.Context) error { _, err := n.CheckKey(ctx); return err }, ReasonIMDS, ""
 		},
-		"credentials' token hangs": func(n *node) (func() error, Reason, string) {
+		"credentials' token hangs": func(n *node) (func(context.Context) error, Reason, string) {
 			n.options.Region = kmstest.Region
 			n.imds.Set(kmstest.HopLimit)
-			return func() error { _, err := n.CheckKey(context.Background()); return err }, ReasonIMDS, CodeTokenTimeout
+			return func(ctx context.Context) error { _, err := n.CheckKey(ctx); return err }, ReasonIMDS, CodeTokenTimeout
 		},
-		"mapping hangs": func(n *node) (func() error, Reason, string) {
+		"mapping hangs": func(n *node) (func(context.Context) error, Reason, string) {
 			n.imds.Set(kmstest.Hangs)
-			return func() error { _, err := n.Ephemeral(context.Background()); return err }, ReasonIMDS, ""
+			return func(ctx context.Context) error { _, err := n.Ephemeral(ctx); return err }, ReasonIMDS, ""
 		},
 	}
 	for name, prepare := range cases {
@@ -561,8 +616,11 @@ func TestDeadlineOfEveryCall(t *testing.T) {
 				}
 			}
 			call, reason, code := prepare(n)
+			// Without a deadline of its own it hangs until here.
+			ctx, cancel := context.WithTimeout(t.Context(), 20*timeout)
+			defer cancel()
 			start := time.Now()
-			err := call()
+			err := call(ctx)
 			e := expect(t, err, reason, code)
 			if !errors.Is(err, context.DeadlineExceeded) || !e.Retryable() {
 				t.Errorf("error %v", err)
@@ -801,6 +859,21 @@ func TestExpiredCredentialsAreNotUsedOn(t *testing.T) {
 	expect(t, err, ReasonIMDS, CodeForbidden)
 	if c := n.kms.Count("GenerateDataKey"); c != 1 {
 		t.Errorf("KMS was asked %d times", c)
+	}
+}
+
+func TestEmptyCredentialsAreNotUsed(t *testing.T) {
+	body := map[string]string{"/latest/api/token": "token", "/latest/meta-data/" + rolePath: "role", "/latest/meta-data/" + rolePath + "role": `{"Code": "Success"}`}
+	m := newMetadata("http://169.254.169.254", roundTripper(func(r *http.Request) (*http.Response, error) {
+		return &http.Response{
+			StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(body[r.URL.Path])),
+			Header: http.Header{"X-Aws-Ec2-Metadata-Token-Ttl-Seconds": {"60"}},
+		}, nil
+	}), func() {})
+	_, err := newCredentials(m, time.Second).Retrieve(t.Context())
+	var e *Error
+	if !errors.As(err, &e) || e.Reason != ReasonNoCredentials || !strings.Contains(err.Error(), "are empty") {
+		t.Errorf("%v", err)
 	}
 }
 

@@ -188,6 +188,10 @@ func TestKeyNeverPrints(t *testing.T) {
 		}
 	}
 
+	if got := k.String() + k.GoString(); got != "[key][key]" {
+		t.Errorf("String and GoString: %q", got)
+	}
+
 	var log bytes.Buffer
 	slog.New(slog.NewTextHandler(&log, nil)).Info("m", "p", k, "v", *k, "s", public{k, *k, k}, "t", private{k, *k})
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("m", "p", k, "v", *k, "s", public{k, *k, k}, "t", private{k, *k})

@@ -279,6 +279,14 @@ func TestStrangeFilesAreProblems(t *testing.T) {
 			return errors.Join(os.Remove(path), os.Mkdir(path, 0o700))
 		}, "not a regular file"},
 		"fifo": {func(t *testing.T, path string) error {
+			// Who waits for a writer waits for ever: one comes, and tells.
+			late := time.AfterFunc(3*time.Second, func() {
+				if f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0); err == nil {
+					_ = f.Close()
+					t.Error("reading it hangs")
+				}
+			})
+			t.Cleanup(func() { late.Stop() })
 			return errors.Join(os.Remove(path), unix.Mkfifo(path, 0o600))
 		}, "not a regular file"},
 		"group may read":   {func(t *testing.T, path string) error { return os.Chmod(path, 0o640) }, "mode 0640"},

@@ -421,6 +421,9 @@ func (s *Store) ArchiveVolume(uuid, why string) error {
 	path := s.volumePath(uuid)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err := s.writable(); err != nil {
+		return err
+	}
 	if err := s.movable(path, uuid); err != nil {
 		return err
 	}
@@ -446,6 +449,9 @@ func (s *Store) ArchiveVolume(uuid, why string) error {
 func (s *Store) Quarantine(keys, volumes []string, why string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err := s.writable(); err != nil {
+		return err
+	}
 	for _, id := range keys {
 		if err := s.movable(s.keyPath(id), id); err != nil {
 			return err
@@ -505,9 +511,6 @@ func (s *Store) checkUnused(keys, volumes []string) error {
 
 // movable checks that a record file, in whatever state, is there.
 func (s *Store) movable(path, id string) error {
-	if err := s.writable(); err != nil {
-		return err
-	}
 	if !isUUID(id) {
 		return storeError("move", path, fmt.Errorf("%q is not a UUID", id))
 	}

@@ -125,6 +125,7 @@ func TestViewStoreWritesNothing(t *testing.T) {
 		for what, err := range map[string]error{
 			"PutKey": s.PutKey(goodKey()), "PutVolume": s.PutVolume(v), "Lock": lockErr,
 			"ArchiveVolume": s.ArchiveVolume(v.UUID, "x"), "Quarantine": s.Quarantine([]string{k.ID}, []string{v.UUID}, "x"),
+			"Quarantine of nothing": s.Quarantine(nil, nil, "x"),
 		} {
 			if !errors.Is(err, errViewOnly) {
 				t.Errorf("%s through a view: %v", what, err)
@@ -223,14 +224,15 @@ func TestNoVolumeRecordWithoutItsKey(t *testing.T) {
 func TestInvalidRecordsAreNotWritten(t *testing.T) {
 	s, k, v := storeWith(t)
 	before := tree(t, s.dir)
-	badKey, badVolume := goodKey(), goodVolume(k)
+	badKey, strayKey, badVolume := goodKey(), goodKey(), goodVolume(k)
 	badKey.WrappedKey = nil
-	badVolume.UUID = "../../../tmp/x"
+	strayKey.ID, badVolume.UUID = "../x", "../x"
 	future := goodVolume(k)
 	future.Version = 2
 	for name, err := range map[string]error{
-		"empty wrapped key": s.PutKey(badKey), "path as uuid": s.PutVolume(badVolume), "future": s.PutVolume(future),
+		"empty wrapped key": s.PutKey(badKey), "path as id": s.PutKey(strayKey), "path as uuid": s.PutVolume(badVolume), "future": s.PutVolume(future),
 		"archive path": s.ArchiveVolume("../keys/"+k.ID, "x"), "quarantine path": s.Quarantine([]string{"../lock"}, nil, "x"),
+		"volume as a key": s.Quarantine([]string{"../volumes/" + v.UUID}, nil, "x"),
 	} {
 		var se *StoreError
 		if !errors.As(err, &se) {
@@ -375,6 +377,128 @@ func TestConcurrentWrites(t *testing.T) {
 	r := load(t, s)
 	if len(r.Keys) != 9 || len(r.Volumes) != 10 || len(r.Problems) != 0 || r.Volumes[v.UUID].State != StateReady {
 		t.Errorf("%d keys, %d volumes, %v, %s", len(r.Keys), len(r.Volumes), r.Problems, r.Volumes[v.UUID].State)
+	}
+}
+
+// A writer that looked before another one put ready must not write after it.
+func TestReadyIsNotLostBetweenTwoWriters(t *testing.T) {
+	s, k, _ := storeWith(t)
+	v := goodVolume(k)
+	ready := v
+	ready.State = StateReady
+	done := make(chan error, 1)
+	var once sync.Once
+	s.step = func(string) error {
+		once.Do(func() { // in the midst of the first write
+			go func() { done <- s.PutVolume(ready) }()
+			select {
+			case err := <-done:
+				done <- err
+			case <-time.After(100 * time.Millisecond):
+			}
+		})
+		return nil
+	}
+	if err := errors.Join(s.PutVolume(v), <-done); err != nil {
+		t.Fatal(err)
+	}
+	if got := load(t, s).Volumes[v.UUID].State; got != StateReady {
+		t.Errorf("the record is %s", got)
+	}
+}
+
+func TestUnreadableFolderIsNotEmpty(t *testing.T) {
+	s, _, _ := storeWith(t)
+	if err := os.WriteFile(filepath.Join(s.dir, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// Root may read any folder; what is none fails for everybody.
+	var se *StoreError
+	if err := s.each("file", func(string, string) {}); !errors.As(err, &se) {
+		t.Errorf("no folder: %v", err)
+	}
+}
+
+// TestEveryStepIsDurableBeforeTheNext: what stands on another change on disk comes after that one's fsync.
+func TestEveryStepIsDurableBeforeTheNext(t *testing.T) {
+	const put, move, gone = "create write sync place syncdir ", "link syncdir ", "unlink syncdir "
+	s, k, v := storeWith(t)
+	other, otherVolume := goodKey(), goodVolume(k)
+	for _, c := range []struct {
+		what, want string
+		do         func() error
+	}{
+		{"a new directory", "mkdir syncdir ", func() error { return s.makeDir(filepath.Join(s.dir, "new")) }},
+		{"a key", put, func() error { return s.PutKey(other) }},
+		{"a volume", put, func() error { return s.PutVolume(otherVolume) }},
+		{"archive", put + move + gone, func() error { return s.ArchiveVolume(otherVolume.UUID, "x") }},
+		{"quarantine", strings.Repeat("mkdir syncdir ", 3) + put + move + move + gone + gone,
+			func() error { return s.Quarantine([]string{k.ID}, []string{v.UUID}, "x") }},
+	} {
+		steps := ""
+		s.step = func(name string) error { steps += name + " "; return nil }
+		if err := c.do(); err != nil || steps != c.want {
+			t.Errorf("%s: %q, want %q (%v)", c.what, steps, c.want, err)
+		}
+	}
+}
+
+// TestWhatCannotMoveStays: the old name goes only once the new one is on the disk.
+func TestWhatCannotMoveStays(t *testing.T) {
+	for at := 1; at <= 2; at++ { // the key's link, the volume's
+		s, k, v := storeWith(t)
+		links := 0
+		s.step = func(name string) error {
+			if name == "link" {
+				if links++; links == at {
+					return unix.ENOSPC
+				}
+			}
+			return nil
+		}
+		if err := s.Quarantine([]string{k.ID}, []string{v.UUID}, "x"); !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("quarantine, link %d: %v", at, err)
+		}
+		if r := load(t, s); len(r.Keys) != 1 || len(r.Volumes) != 1 {
+			t.Errorf("quarantine, link %d, left %+v", at, r)
+		}
+	}
+	for _, step := range []string{"link", "syncdir"} {
+		s, _, v := storeWith(t)
+		linked := step == "link"
+		s.step = func(name string) error {
+			if name == step && linked {
+				return unix.EIO
+			}
+			linked = linked || name == "link"
+			return nil
+		}
+		if err := s.ArchiveVolume(v.UUID, "x"); !errors.Is(err, unix.EIO) {
+			t.Errorf("archive, %s: %v", step, err)
+		}
+		if r := load(t, s); len(r.Volumes) != 1 {
+			t.Errorf("archive, %s: the record is gone", step)
+		}
+	}
+}
+
+func TestSweepTakesOnlyTemporaryFiles(t *testing.T) {
+	s, k, v := storeWith(t)
+	if err := s.ArchiveVolume(v.UUID, "x"); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(s.PutVolume(goodVolume(k)), os.WriteFile(filepath.Join(s.dir, "notes"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	want := tree(t, s.dir)
+	for _, dir := range []string{"", keysDir, volumesDir, archiveDir + "/" + volumesDir} {
+		if err := os.WriteFile(filepath.Join(s.dir, dir, tmpPrefix+"x"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.sweep()
+	if got := tree(t, s.dir); !maps.Equal(got, want) {
+		t.Errorf("it left %v, want %v", got, want)
 	}
 }
 

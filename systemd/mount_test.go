@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -197,6 +198,9 @@ func TestStartMountWhereSomethingIs(t *testing.T) {
 				if err != nil || m.units[dataUnit]["ActiveState"] != "active" {
 					t.Errorf("error %v, unit %v", err, m.units[dataUnit])
 				}
+				if slices.ContainsFunc(m.modes, func(mode string) bool { return mode != "fail" }) {
+					t.Errorf("job modes %q: only \"fail\" never pushes another job out", m.modes)
+				}
 				return
 			}
 			var e *MountError
@@ -236,7 +240,14 @@ func TestStartMountEndsWithItsContext(t *testing.T) {
 	m.result = ""
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	err := open(m).StartMount(ctx, data)
+	done := make(chan error, 1)
+	go func() { done <- open(m).StartMount(ctx, data) }()
+	var err error
+	select {
+	case err = <-done:
+	case <-time.After(5 * time.Second):
+		t.Fatal("it waits on")
+	}
 	var e *MountError
 	if !errors.As(err, &e) || e.Result != "interrupted" || !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v (%+v)", err, e)
@@ -364,6 +375,10 @@ func TestSameDevice(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	other := filepath.Join(dir, "other")
+	if err := os.WriteFile(other, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		a, b string
 		want bool
@@ -373,6 +388,7 @@ func TestSameDevice(t *testing.T) {
 		{"/dev/zero", link, false},
 		{"/dev/null", "/dev/absent", false},
 		{file, "/dev/null", false},
+		{file, other, false}, // no devices: both numbers are 0
 	} {
 		if got := sameDevice(c.a, c.b); got != c.want {
 			t.Errorf("sameDevice(%s, %s) = %v", c.a, c.b, got)

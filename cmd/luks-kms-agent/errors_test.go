@@ -36,6 +36,7 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{kms(keycache.ReasonInvalid), 2, false},
 		{refused(agent.RefusedContent), 3, false},
 		{refused(agent.RefusedRecord), 3, false},
+		{refused(agent.RefusedShared), 3, false},
 		{&keycache.RecordError{Path: "p", Err: errors.New("x")}, 3, true},
 		{kms(keycache.ReasonDenied), 4, false},
 		{kms(keycache.ReasonNotFound), 4, false},
@@ -69,6 +70,8 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{systemd.ErrNoSystemd, 8, false},
 		{&failedError{errs: []error{refused(agent.RefusedContent), kms(keycache.ReasonUnavailable)}}, 5, true},
 		{&failedError{errs: []error{refused(agent.RefusedContent), refused(agent.RefusedHeader)}}, 7, true},
+		{failures(nil), 0, true},
+		{failures([]error{refused(agent.RefusedContent)}), 3, true},
 	} {
 		if got := exitCode(tc.err); got != tc.want {
 			t.Errorf("exit code of %v is %d, want %d", tc.err, got, tc.want)
@@ -79,6 +82,38 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		if hint(tc.err) == "" {
 			t.Errorf("%T %v names no remedy", tc.err, tc.err)
 		}
+	}
+}
+
+// TestMostUrgentCodeWins: what passes by itself is tried again whatever else failed; of the rest, what needs a person most is told.
+func TestMostUrgentCodeWins(t *testing.T) {
+	kms := func(r keycache.Reason) error { return &keycache.Error{Op: "Decrypt", Reason: r, Err: errors.New("x")} }
+	ordered := []error{
+		kms(keycache.ReasonUnavailable), kms(keycache.ReasonDenied), &luks.HeaderError{}, luks.ErrNoCryptsetup, luks.ErrBusy,
+		&agent.RefusedError{Refusal: agent.RefusedContent}, &usageError{errors.New("x")}, errors.New("x"),
+	}
+	for i, first := range ordered {
+		for _, second := range ordered[i:] {
+			if got, want := exitCode(failures([]error{second, first})), exitCode(first); got != want {
+				t.Errorf("%v and %v: exit code %d, want %d", first, second, got, want)
+			}
+		}
+	}
+}
+
+// TestOnlyForeignContentMayBeWiped: no remedy tells to wipe a disk that may be a volume.
+func TestOnlyForeignContentMayBeWiped(t *testing.T) {
+	for _, err := range []error{
+		&agent.RefusedError{Refusal: agent.RefusedHeader}, &agent.RefusedError{Refusal: agent.RefusedRecord},
+		&agent.RefusedError{Refusal: agent.RefusedShared}, &agent.RefusedError{Refusal: agent.RefusedDevice},
+		&luks.HeaderError{}, luks.ErrWrongKey, &keycache.RecordError{Err: errors.New("x")},
+	} {
+		if h := hint(err); strings.Contains(h, "wipefs") || strings.Contains(h, "zero") {
+			t.Errorf("%T %+v: %q", err, err, h)
+		}
+	}
+	if h := hint(&luks.HeaderError{}); !strings.Contains(h, "Do not use the volume") {
+		t.Errorf("a header that is refused: %q", h)
 	}
 }
 

@@ -4,13 +4,18 @@ import (
 	"bytes"
 	"context"
 	"flag"
+	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
+	"github.com/luks-kms-agent/luks-kms-agent/agent"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
@@ -22,6 +27,7 @@ var update = flag.Bool("update", false, "rewrite the expected output in testdata
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"luks-kms-agent": main,
+		"carry-out":      printProtection,
 	})
 }
 
@@ -39,6 +45,47 @@ func TestScripts(t *testing.T) {
 			"attacks":    attacks,
 		},
 	})
+}
+
+// printProtection carries out nothing, and prints how the memory of the process is protected where keys would be read.
+func printProtection() {
+	if err := os.WriteFile("config.yaml", []byte("kms_key: alias/data\n"), 0o600); err != nil {
+		panic(err)
+	}
+	cmd := &cobra.Command{}
+	err := carryOut(cmd, &globalOptions{config: "config.yaml", logFormat: "console"}, func(*agent.Node) (agent.Report, error) {
+		dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
+		fmt.Println("dumpable", dumpable)
+		return agent.Report{}, err
+	})
+	if err != nil {
+		panic(err)
+	}
+}
+
+func TestMemoryIsProtectedBeforeAKeyIsRead(t *testing.T) {
+	testscript.Run(t, testscript.Params{Files: []string{script(t, "exec carry-out\nstdout 'dumpable 0'\n")}})
+}
+
+// script is a script in a file of its own.
+func script(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "script.txtar")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestNothingIsIgnored: an argument that a command does not know may have been meant to narrow what it does.
+func TestNothingIsIgnored(t *testing.T) {
+	for _, command := range []string{"run", "plan", "status"} {
+		var out, said strings.Builder
+		code := execute(t.Context(), []string{"--config", filepath.Join(t.TempDir(), "absent"), command, "/dev/x"}, &out, &said)
+		if code != exitUsage || !strings.Contains(said.String(), `unknown command "/dev/x"`) {
+			t.Errorf("%s: exit code %d, %s", command, code, &said)
+		}
+	}
 }
 
 // exits runs the rest of its line and wants an exit code: exits 3 luks-kms-agent …

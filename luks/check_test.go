@@ -109,6 +109,7 @@ func TestHostileHeaders(t *testing.T) {
 			dig(m)["keyslots"] = list()
 		}},
 		{"no digest", "0 digests", func(m tree) { m["digests"] = map[string]any{} }},
+		{"digest whose id has escapes", "not an id", func(m tree) { m.At("digests")["\033[2J"] = map[string]any(clone(dig(m))) }},
 		{"nine digests", `digest "8": not an id`, func(m tree) {
 			d := clone(dig(m))
 			d["segments"], d["keyslots"] = list(), list()
@@ -223,6 +224,11 @@ func refused(t *testing.T, path, want string) {
 	}
 	if all := strings.Join(i.Reasons, "\n"); !strings.Contains(all, want) {
 		t.Errorf("no reason with %q: %q", want, i.Reasons)
+	}
+	for _, r := range i.Reasons {
+		if printable([]byte(r)) != r {
+			t.Errorf("a terminal could take this for more than text: %q", r)
+		}
 	}
 	if err := i.Verify(rightKey()); err == nil {
 		t.Error("verified")

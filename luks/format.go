@@ -25,6 +25,9 @@ type FormatOptions struct {
 	WrappedKey []byte // the data key as KMS wrapped it
 }
 
+// reasonOther: what was written is a header, but another one.
+const reasonOther = "it is not the header that was asked for"
+
 // Format makes path (a block device or an image file) a LUKS2 volume that k opens, with our token, and proves it: it inspects what
 // was written and unseals it. Whatever was on path is lost; whether that may be is the caller's decision, and the caller holds
 // the device.
@@ -69,7 +72,7 @@ func format(ctx context.Context, path string, o FormatOptions, k Key) error {
 		return fmt.Errorf("%w: the header that was written is not there (found: %s)", unix.EIO, bare.Kind)
 	}
 	if bare.checked == nil || !slices.Equal(bare.Reasons, []string{reasonNoToken}) {
-		return &HeaderError{path, bare.Reasons}
+		return &HeaderError{path, append(bare.Reasons, reasonOther)}
 	}
 	token := &Token{KeyARN: o.KeyARN, WrappedKey: o.WrappedKey, Version: tokenVersion}
 	if token.MAC, err = bare.checked.mac(k, token.Version); err != nil {
@@ -96,7 +99,7 @@ func format(ctx context.Context, path string, o FormatOptions, k Key) error {
 		h.UUID != o.UUID, h.Label != o.Label, h.Subsystem != Subsystem,
 		h.SectorSize != sectorSize, h.Offset != DataOffset, len(h.Keyslots) != 1,
 		h.Token.KeyARN != o.KeyARN, !bytes.Equal(h.Token.WrappedKey, o.WrappedKey):
-		return &HeaderError{path, []string{"it is not the header that was asked for"}}
+		return &HeaderError{path, []string{reasonOther}}
 	}
 	return flush(path)
 }

@@ -179,7 +179,9 @@ func TestOddKeysAreRefused(t *testing.T) {
 		if err := Format(t.Context(), path, testOptions(), k); err == nil || inspected(t, path).Kind != KindNone {
 			t.Errorf("%s: formatted: %v", name, err)
 		}
-		if err := i.Verify(k); err == nil || errors.Is(err, ErrWrongKey) {
+		// The caller's mistake: neither another key nor the disk is to blame.
+		var header *HeaderError
+		if err := i.Verify(k); err == nil || errors.Is(err, ErrWrongKey) || errors.As(err, &header) {
 			t.Errorf("%s: verified: %v", name, err)
 		}
 	}
@@ -207,15 +209,31 @@ func TestKeyStaysOnStandardInput(t *testing.T) {
 
 // A formatter that does not do what it was asked for is found out.
 func TestFormatChecksWhatWasWritten(t *testing.T) {
+	// instead is a cryptsetup that formats with another value of one argument.
+	instead := func(asked, done string) string {
+		return `if [ "$1" = luksFormat ]; then for a; do shift; case $a in ` + asked + `) a=` + done + `;; esac; set -- "$@" "$a"; done; fi; exec "$REAL" "$@"`
+	}
 	for name, c := range map[string]struct{ script, want string }{
-		"another UUID": {
-			`if [ "$1" = luksFormat ]; then for a; do shift; case $a in ` + testUUID + `) a=0a1b2c3d-0000-4000-8000-000000000002;; esac; set -- "$@" "$a"; done; fi; exec "$REAL" "$@"`,
-			"not the header that was asked for"},
+		"another UUID":        {instead(testUUID, "0a1b2c3d-0000-4000-8000-000000000002"), "not the header that was asked for"},
+		"another label":       {instead("data", "other"), "not the header that was asked for"},
+		"another subsystem":   {instead("luks-kms-agent", "other"), ""}, // seen before there is a token
+		"another sector size": {instead("4096", "512"), "not the header that was asked for"},
+		"another offset":      {instead("32768", "32776"), "not the header that was asked for"},
 		"another cipher": {
 			`if [ "$1" = luksFormat ]; then for a; do shift; case $a in aes-xts-plain64) a=aes-cbc-essiv:sha256;; 512) a=256;; esac; set -- "$@" "$a"; done; fi; exec "$REAL" "$@"`,
 			`cipher "aes-cbc-essiv:sha256"`},
 		"another token": {
 			`if [ "$1" = token ]; then sed s/us-east-1/us-east-2/ | "$REAL" "$@"; else exec "$REAL" "$@"; fi`,
+			"not the header that was asked for"},
+		"another wrapped key": {
+			`if [ "$1" = token ]; then sed 's/"wrapped_key":"[^"]*"/"wrapped_key":"AAAA"/' | "$REAL" "$@"; else exec "$REAL" "$@"; fi`,
+			"not the header that was asked for"},
+		"a keyslot more": {
+			`"$REAL" "$@" || exit; if [ "$1" = token ]; then for p; do :; done; echo other | "$REAL" luksAddKey --batch-mode --pbkdf pbkdf2 ` +
+				`--pbkdf-force-iterations 1000 --unbound --key-size 512 "$p" -; fi`,
+			"not the header that was asked for"},
+		"one copy": {
+			`"$REAL" "$@" || exit; if [ "$1" = token ]; then for p; do :; done; dd if=/dev/zero of="$p" bs=4096 seek=4 count=1 conv=notrunc status=none; fi`,
 			"not the header that was asked for"},
 		"no token":   {`[ "$1" = token ] || exec "$REAL" "$@"`, "no luks-kms-agent token"},
 		"wrong pass": {`if [ "$1" = luksFormat ]; then (cat; echo) | "$REAL" "$@"; else exec "$REAL" "$@"; fi`, "does not open keyslot 0"},

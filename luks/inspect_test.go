@@ -290,6 +290,7 @@ func TestReadErrors(t *testing.T) {
 		{"secondary after a wiped primary", wiped, secondaryAt, secondaryAt + 512},
 		{"zeros, first place", zeros, 0, 1},
 		{"zeros, last place", zeros, 0x400000, 0x400001},
+		{"zeros, where a cut may leave text", zeros, binarySize + 512, binarySize + 513},
 	} {
 		r := brokenReader{bytes.NewReader(c.disk), c.from, c.to}
 		if i, err := inspect(r, int64(imageSize)); !errors.Is(err, syscall.EIO) || i != nil {

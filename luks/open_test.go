@@ -130,6 +130,13 @@ func TestOpenRefusesWhatChanged(t *testing.T) {
 			t.Errorf("%s: %s", test.name, got)
 		}
 	}
+
+	// Another disk under the path, with the same header: a snapshot of it. Its number tells.
+	i := inspected(t, volume(t))
+	i.device = "259:7"
+	if got := reasons(t, i.open(t.Context(), rightKey(), OpenOptions{Name: "x"}, fakeMapper(t))); got != "it is not the device that was inspected" {
+		t.Errorf("another device: %s", got)
+	}
 }
 
 func TestOpenFixedSize(t *testing.T) {
@@ -317,6 +324,11 @@ func TestCompare(t *testing.T) {
 		"UUID":     func(v *volumeType) { v.UUID = "" },
 		"type":     func(v *volumeType) { v.LuksType = "LUKS1" },
 		"no key":   func(v *volumeType) { wipe(v) },
+		// What another release of luks.go would look like in which the key is somewhere else.
+		"no place for a key": func(v *volumeType) {
+			*v = volumeType{LuksType: v.LuksType, UUID: v.UUID, StorageEncryption: v.StorageEncryption, StorageIvTweak: v.StorageIvTweak,
+				StorageSectorSize: v.StorageSectorSize, StorageOffset: v.StorageOffset, StorageSize: v.StorageSize}
+		},
 	} {
 		v, err := i.unseal(rightKey())
 		if err != nil {

@@ -14,7 +14,8 @@ import (
 var maxLabel = map[string]int{"xfs": 12, "ext4": 16}
 
 // MakeFilesystem makes an xfs or ext4 filesystem on a device or image file that carries no signature, and
-// returns when it is on stable storage. It never forces: anything that blkid or mkfs finds is an error. An empty
+// returns when it is on stable storage. It never forces: anything that blkid finds is an error (mkfs.xfs refuses too, mkfs.ext4
+// without a terminal does not). An empty
 // label or uuid leaves that to mkfs. Errors: ErrNoProgram where mkfs or blkid is missing.
 func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error {
 	fail := func(err error) error {

@@ -208,6 +208,33 @@ func TestBlkidExitCodes(t *testing.T) {
 	if got, err := Probe(t.Context(), ext4, 0); err != nil || got.Blank {
 		t.Errorf("ext4 that blkid did not read: %+v, %v", got, err)
 	}
+	xfs := image(t, 8*mib)
+	writeAt(t, xfs, 0, []byte("XFSB")...)
+	if got, err := Filesystem(t.Context(), xfs); err == nil || got.Blank {
+		t.Errorf("xfs that blkid did not read: %+v, %v", got, err)
+	}
+	// What blkid and mkfs could be led astray by.
+	for _, name := range []string{"BLKID_FILE", "LIBBLKID_DEBUG", "MKE2FS_CONFIG"} {
+		t.Setenv(name, "x")
+	}
+	fakeProgram(t, "blkid", `[ -z "$BLKID_FILE$LIBBLKID_DEBUG$MKE2FS_CONFIG" ] || exit 4; exit 2`)
+	if got, err := Filesystem(t.Context(), blank); err != nil || !got.Blank {
+		t.Errorf("blkid has our environment: %+v, %v", got, err)
+	}
+}
+
+// TestUnreadableIsNotBlank: a disk that goes bad while blkid looks. blkid reads the start only, and says "nothing found".
+func TestUnreadableIsNotBlank(t *testing.T) {
+	for name, probe := range map[string]func(context.Context, string) (Content, error){
+		"Probe":      func(ctx context.Context, path string) (Content, error) { return Probe(ctx, path, 64*mib) },
+		"Filesystem": Filesystem,
+	} {
+		path := image(t, 64*mib)
+		fakeProgram(t, "blkid", "truncate -s 20M "+path+"; exit 2")
+		if got, err := probe(t.Context(), path); err == nil || got != (Content{}) {
+			t.Errorf("%s of a disk whose end cannot be read: %+v, %v", name, got, err)
+		}
+	}
 }
 
 func TestMissingProgram(t *testing.T) {
@@ -276,6 +303,18 @@ func TestMakeFilesystemRefuses(t *testing.T) {
 	if got, err := Probe(t.Context(), blank, 0); err != nil || !got.Blank {
 		t.Errorf("a refused device was changed: %+v, %v", got, err)
 	}
+	// blkid may err; mkfs.xfs looks for itself, and is not forced.
+	swap := image(t, 400*mib)
+	run(t, "", "mkswap", swap)
+	system := os.Getenv("PATH")
+	fakeProgram(t, "blkid", "exit 2")
+	if err := MakeFilesystem(t.Context(), swap, "xfs", "", ""); err == nil || !strings.Contains(err.Error(), "mkfs.xfs: exit status 1") {
+		t.Errorf("over swap that blkid did not find: %v", err)
+	}
+	t.Setenv("PATH", system)
+	if got, err := Filesystem(t.Context(), swap); err != nil || got.Type != "swap" {
+		t.Errorf("a refused device was changed: %+v, %v", got, err)
+	}
 	fakeProgram(t, "mkfs.xfs", "exit 0")
 	if err := MakeFilesystem(t.Context(), blank, "xfs", "", ""); err == nil {
 		t.Error("mkfs that makes nothing succeeded")
@@ -283,6 +322,14 @@ func TestMakeFilesystemRefuses(t *testing.T) {
 	fakeProgram(t, "mkfs.xfs", "echo no space >&2; exit 1")
 	if err := MakeFilesystem(t.Context(), blank, "xfs", "", ""); err == nil || !strings.HasSuffix(err.Error(), "mkfs.xfs: exit status 1: no space") {
 		t.Errorf("failing mkfs: %v", err)
+	}
+}
+
+func TestLeastSize(t *testing.T) {
+	for _, fstype := range []string{"xfs", "ext4"} {
+		if err := MakeFilesystem(t.Context(), image(t, LeastSize(fstype)), fstype, "", ""); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

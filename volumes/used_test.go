@@ -22,6 +22,7 @@ func TestEverMounted(t *testing.T) {
 		{"xfs with a record behind the first", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p)+1024, 0xfe, 0xed, 0xba, 0xbe, 0, 0, 0, 0) }, true},
 		{"xfs with something far behind the first", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p)+100<<10, 1) }, true},
 		{"xfs whose log went round", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), 0xfe, 0xed, 0xba, 0xbe, 0, 0, 0, 2) }, true},
+		{"xfs with another log", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), 9, 9) }, true},
 		{"xfs whose mkfs was cut", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), 9, 9); writeAt(t, p, 126, 1) }, false},
 		{"xfs whose log never reached the disk", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), make([]byte, 512<<10)...) }, false},
 		{"of a kind that is not known", "btrfs", func(string) {}, true},
@@ -44,6 +45,21 @@ func TestEverMounted(t *testing.T) {
 	}
 	if _, err := EverMounted(t.TempDir()+"/none", "ext4"); err == nil {
 		t.Error("what is not there was told")
+	}
+	// What cannot be read, or is no superblock of mkfs, is not unused.
+	short, zeros, cut := image(t, 1000), image(t, mib), image(t, 304*mib)
+	if err := MakeFilesystem(t.Context(), cut, "xfs", "", uuid); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(cut, 100*mib); err != nil { // its log is behind
+		t.Fatal(err)
+	}
+	for name, test := range map[string][2]string{
+		"a short ext4": {short, "ext4"}, "a short xfs": {image(t, 100), "xfs"}, "zeros as xfs": {zeros, "xfs"}, "xfs without its log": {cut, "xfs"},
+	} {
+		if got, err := EverMounted(test[0], test[1]); err == nil {
+			t.Errorf("%s was told: %v", name, got)
+		}
 	}
 }
 

@@ -120,8 +120,8 @@ func (t *table) findMounted(m mount, done bool) error {
 			return err // on a disk for certain, and no device number that would tell which
 		}
 		// Any other without a disk's number: not a filesystem of the disks here. A disk's number that no
-		// device has: a mount that outlived its disk.
-		return nil
+		// device has: a mount that outlived its disk. A log or realtime section that is not found: the disk of the
+		// filesystem is in use all the same.
 	}
 	for _, o := range origins {
 		if !slices.Contains(t.pointsOf[o.node.name], m.point) {
@@ -260,7 +260,7 @@ func diskless(fstype string) bool {
 }
 
 // under returns the block devices that the filesystem of m is on, none if it needs none; it is an error if
-// that cannot be told. over are the overlays that led here.
+// that cannot be told, and then those that can be come with it. over are the overlays that led here.
 func (t *table) under(m mount, over []int) ([]origin, error) {
 	unknown := fmt.Errorf("cannot find the devices of %s (%s on %q, %d:%d)", m.point, m.fstype, m.source, m.major, m.minor)
 	if m.major != 0 {
@@ -272,7 +272,7 @@ func (t *table) under(m mount, over []int) ([]origin, error) {
 		for _, external := range append(m.option("logdev"), m.option("rtdev")...) { // of xfs
 			n, err := t.nodeAt(external)
 			if err != nil || n == nil {
-				return nil, fmt.Errorf("%w: %s: %w", unknown, external, orUnsettled(err))
+				return origins, fmt.Errorf("%w: %s: %w", unknown, external, orUnsettled(err))
 			}
 			origins = append(origins, origin{n, " with a log or realtime section"})
 		}

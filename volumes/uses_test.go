@@ -176,6 +176,16 @@ func TestUses(t *testing.T) {
 			},
 			uses: []string{bootUses, "sdb: swap /dev/mapper/swap, held dm-3", "sdc: "},
 		}, {
+			name: "swap on dm, whose link udev did not make",
+			build: func(tr *tree) {
+				tr.boot()
+				two(tr)
+				tr.dm("dm-3", "253:3", "swap", "", "sdb")
+				tr.remove("dev/mapper/swap")
+				tr.swap("/dev/mapper/swap", "partition")
+			},
+			uses: []string{bootUses, "sdb: swap /dev/mapper/swap, held dm-3", "sdc: "},
+		}, {
 			name: "compressed swap that writes back to a disk",
 			build: func(tr *tree) {
 				tr.boot()
@@ -240,6 +250,14 @@ func TestUses(t *testing.T) {
 				tr.mount("8:16", "/data", "xfs", "/dev/sdb", "rw,logdev=/dev/sdc,noquota")
 			},
 			uses: []string{bootUses, "sdb: mounted /data", "sdc: mounted /data"},
+		}, {
+			name: "xfs whose log device is gone is on its disk all the same",
+			build: func(tr *tree) {
+				two(tr)
+				tr.mount("0:1", "/", "rootfs", "rootfs", "rw")
+				tr.mount("8:16", "/data", "xfs", "/dev/sdb", "rw,logdev=/dev/gone")
+			},
+			uses: []string{"sdb: mounted /data", "sdc: "},
 		}, {
 			name: "bcachefs over two disks",
 			build: func(tr *tree) {
@@ -310,6 +328,7 @@ func TestUnreadableIsAnError(t *testing.T) {
 			tr.disk("md0", "9:0")
 			tr.link(disksDir+"md0/slaves/sdz", "x")
 		}, "cannot find sdz, which md0 is built on"},
+		{"partition of a disk that does not exist", func(tr *tree) { tr.remove("sys/class/block/nvme0n1") }, "cannot find the disk nvme0n1 of partition nvme0n1p1"},
 		{"mapping's name unreadable", func(tr *tree) {
 			tr.dm("dm-0", "253:0", "x", "y", "sdb")
 			tr.remove(disksDir + "dm-0/dm/name")

@@ -118,7 +118,7 @@ func (p protection) try(ctx context.Context, root string) (o outcome) {
 	case strings.Contains(o.said, "no tests to run"):
 		o.why = fmt.Errorf("there is no test %s", p.test)
 	case err == nil:
-	case strings.Contains(o.said, "--- FAIL: "+name), strings.Contains(o.said, "panic: "):
+	case strings.Contains(o.said, "--- FAIL: "+name), strings.Contains(o.said, "panic: "), strings.Contains(o.said, "fatal error: "):
 		o.failed = true
 	default:
 		o.why = err

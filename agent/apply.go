@@ -226,10 +226,15 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	return a.mount(ctx, *act, v.Mapping)
 }
 
-// finish makes the filesystem of an opened volume and records it ready. The
-// filesystem carries the volume's UUID, so that a later run can tell one that
-// this step made from one that somebody else put there.
+// finish makes the filesystem of a volume that was just formatted and opened, and
+// so shows noise, and records it ready. The filesystem carries the volume's UUID,
+// so that a later run can tell one that this step made from one that somebody else
+// put there.
 func (a *applier) finish(ctx context.Context, v *keycache.VolumeRecord) error {
+	if err := volumes.ZeroEnds(ctx, a.maps.Path(v.Mapping)); err != nil {
+		return err
+	}
+	a.reached(stepCleared)
 	if err := volumes.MakeFilesystem(ctx, a.maps.Path(v.Mapping), v.Filesystem, "", v.UUID); err != nil {
 		return err
 	}
@@ -303,7 +308,7 @@ func (a *applier) formattedByUs(ctx context.Context, act Action, mapping string)
 	if err != nil {
 		return err
 	}
-	if content.Type == "" {
+	if content.Blank {
 		return nil
 	}
 	if content.UUID == act.Volume.UUID {

@@ -23,7 +23,7 @@ func (m *machine) copyTo(dir string) *machine {
 		m.t.Fatalf("cp: %v: %s", err, out)
 	}
 	c := &machine{
-		t: m.t, dir: dir, kms: m.kms, imds: m.imds, cfg: m.cfg, missing: m.missing,
+		t: m.t, dir: dir, kms: m.kms, imds: m.imds, cfg: m.cfg, missing: m.missing, last: m.last,
 		open: map[string]string{}, mounts: map[string]string{}, held: map[string]bool{},
 		fail: func(string, string) error { return nil },
 	}
@@ -74,7 +74,7 @@ func TestFirstBootIsCutAtEveryStep(t *testing.T) {
 	m := newMachine(t)
 	m.disk(volumes.ClassEBS, "vol-1")
 	cuts := m.cuts()
-	wantSteps(t, cuts, stepKeyMade, stepKeyRecorded, stepKeyProven, stepIntent, stepFormatted, stepOpened, stepFilesystem, stepReady)
+	wantSteps(t, cuts, stepKeyMade, stepKeyRecorded, stepKeyProven, stepIntent, stepFormatted, stepOpened, stepCleared, stepFilesystem, stepReady)
 	for at, c := range cuts {
 		t.Run(string(at), func(t *testing.T) {
 			c.t = t
@@ -132,7 +132,7 @@ func TestReplacementIsCutAtEveryStep(t *testing.T) {
 	m.devices = nil
 	m.disk(volumes.ClassInstanceStore, "AWS2")
 	cuts := m.cuts()
-	wantSteps(t, cuts, stepArchived, stepIntent, stepFormatted, stepOpened, stepFilesystem, stepReady)
+	wantSteps(t, cuts, stepArchived, stepIntent, stepFormatted, stepOpened, stepCleared, stepFilesystem, stepReady)
 	for at, c := range cuts {
 		t.Run(string(at), func(t *testing.T) {
 			c.t = t
@@ -201,7 +201,7 @@ func TestHeaderRestoreIsCut(t *testing.T) {
 
 // Cuts do not add up: each run is cut at another step, until one is not.
 func TestOneCutAfterAnother(t *testing.T) {
-	order := []step{stepKeyRecorded, stepIntent, stepFormatted, stepOpened, stepFilesystem, stepReady}
+	order := []step{stepKeyRecorded, stepIntent, stepFormatted, stepOpened, stepCleared, stepFilesystem, stepReady}
 	m := newMachine(t)
 	m.disk(volumes.ClassInstanceStore, "AWS1")
 	for i, s := range order {

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -46,6 +47,9 @@ type machine struct {
 	mu     sync.Mutex
 	open   map[string]string // mapping name -> device path
 	mounts map[string]string // mount point -> mapping path
+	// last is what the last sector of a new mapping begins with; the rest of both its
+	// ends is noise without a signature.
+	last string
 	// fail is asked before each mapping, hold and mount; tests cut there.
 	fail func(step, what string) error
 }
@@ -226,15 +230,31 @@ func (m *machine) Open(_ context.Context, i *luks.Inspection, k luks.Key, o luks
 		return err
 	}
 	plain := fmt.Sprintf("%s.%x", i.Path, sha256.Sum256(slot))
-	p, err := os.OpenFile(plain, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return err
+	if _, err := os.Stat(plain); errors.Is(err, fs.ErrNotExist) {
+		if err := m.noise(plain); err != nil {
+			return err
+		}
 	}
-	if err := errors.Join(p.Truncate(24<<20), p.Close(), os.Symlink(plain, m.Path(o.Name))); err != nil {
+	if err := os.Symlink(plain, m.Path(o.Name)); err != nil {
 		return err
 	}
 	m.open[o.Name] = i.Path
 	return nil
+}
+
+// noise makes what a mapping under a new key shows: no zeros.
+func (m *machine) noise(plain string) error {
+	const size = 24 << 20
+	noise := make([]byte, 1<<20)
+	rand.NewChaCha8([32]byte{4}).Read(noise)
+	f, err := os.Create(plain)
+	if err != nil {
+		return err
+	}
+	_, head := f.WriteAt(noise, 0)
+	_, tail := f.WriteAt(noise, size-int64(len(noise)))
+	_, last := f.WriteAt([]byte(m.last), size-512)
+	return errors.Join(head, tail, last, f.Close())
 }
 
 // plain is what the newest header of a disk shows when it is open.
@@ -387,6 +407,20 @@ func TestFirstBootThenReboot(t *testing.T) {
 		}
 	}
 	m.untouched(before)
+}
+
+// Noise can look like a signature: two bytes at the end make a JMicron RAID. It is seen neither before mkfs nor at a later boot.
+func TestNoiseThatLooksLikeASignature(t *testing.T) {
+	m := newMachine(t)
+	m.last = "JM"
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.disk(volumes.ClassInstanceStore, "AWS1")
+	m.runOK()
+	for _, identity := range []string{"vol-1", "AWS1"} {
+		if c, err := volumes.Filesystem(t.Context(), m.plain(identity)); err != nil || c.Type != "ext4" {
+			t.Errorf("%s: blkid finds %+v, %v", identity, c, err)
+		}
+	}
 }
 
 func TestKeyScopeVolume(t *testing.T) {
@@ -636,12 +670,19 @@ func TestResumeLooksInsideFirst(t *testing.T) {
 	if err := volumes.MakeFilesystem(t.Context(), plain, "ext4", "his", ""); err != nil {
 		t.Fatal(err)
 	}
-	before := m.sums()
-	r := m.run()
-	if errs := r.Failures(); len(errs) != 1 || !strings.Contains(errs[0].Error(), "recorded as being formatted, but it holds") {
-		t.Errorf("got %v, want a refusal", errs)
+	refused := func(want string) {
+		t.Helper()
+		before := m.sums()
+		r := m.run()
+		if errs := r.Failures(); len(errs) != 1 || !strings.Contains(errs[0].Error(), "recorded as being formatted, but it holds "+want) {
+			t.Errorf("got %v, want a refusal with %q", errs, want)
+		}
+		m.untouched(before)
 	}
-	m.untouched(before)
+	refused("ext4 filesystem (label his)")
+	// Of two signatures blkid names neither.
+	m.write(volumes.Device{Path: plain}, 4086, []byte("SWAP-SPACE"))
+	refused("signatures of more than one format")
 }
 
 // TestAnotherDiskAtTheSamePathIsNotOpened: a disk that is not the one that was seen any more is neither opened nor recorded.

@@ -15,6 +15,7 @@ const (
 	stepIntent      step = "the record says formatting"
 	stepFormatted   step = "the LUKS header and token are written"
 	stepOpened      step = "the volume is open"
+	stepCleared     step = "both ends of the volume are zero"
 	stepFilesystem  step = "the filesystem is made"
 	stepReady       step = "the record says ready"
 	stepAdoptedKey  step = "the key record of an adopted volume is durable"

@@ -3,7 +3,9 @@ package volumes
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 
@@ -13,10 +15,51 @@ import (
 // maxLabel is the longest label in bytes (xfs(5), ext4's s_volume_name). mkfs.ext4 would cut a longer one off silently.
 var maxLabel = map[string]int{"xfs": 12, "ext4": 16}
 
+// ErrNotEmpty marks a device that carries a signature where it must not.
+var ErrNotEmpty = errors.New("it is not empty")
+
+// endLength is how much of each end [ZeroEnds] clears, in bytes: more than how far from either end blkid looks for a signature. The furthest
+// of libblkid/src/superblocks are VMFS, 2 MiB from the start, and ZFS, 512 KiB from the end.
+const endLength = 4 << 20
+
+// ZeroEnds overwrites the first and the last 4 MiB of a device or image file with zeros and returns when they are on stable storage. It is for
+// a mapping under a new key: what that shows is noise, and in noise blkid finds a signature about once in 65,536 volumes (two
+// bytes make a JMicron RAID). mkfs would refuse it, and where such a one is left at the end, udev knows of no filesystem and systemd
+// does not mount.
+func ZeroEnds(ctx context.Context, path string) error {
+	if err := zeroEnds(ctx, path); err != nil {
+		return fmt.Errorf("cannot clear both ends of %s: %w", path, err)
+	}
+	return nil
+}
+
+func zeroEnds(ctx context.Context, path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	size, err := f.Seek(0, io.SeekEnd)
+	zeros := make([]byte, 1<<20)
+	for offset := int64(0); err == nil && offset < size; {
+		if offset >= endLength && offset < size-endLength {
+			offset = size - endLength
+		}
+		if err = ctx.Err(); err == nil {
+			var n int
+			n, err = f.WriteAt(zeros[:min(int64(len(zeros)), size-offset)], offset)
+			offset += int64(n)
+		}
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
 // MakeFilesystem makes an xfs or ext4 filesystem on a device or image file that carries no signature, and
 // returns when it is on stable storage. It never forces: anything that blkid finds is an error (mkfs.xfs refuses too, mkfs.ext4
 // without a terminal does not). An empty
-// label or uuid leaves that to mkfs. Errors: ErrNoProgram where mkfs or blkid is missing.
+// label or uuid leaves that to mkfs. Errors: ErrNoProgram where mkfs or blkid is missing, ErrNotEmpty.
 func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error {
 	fail := func(err error) error {
 		return fmt.Errorf("cannot make filesystem %q on %s: %w", fstype, path, err)
@@ -51,7 +94,7 @@ func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error
 		return fail(err)
 	}
 	if !found.Blank {
-		return fail(fmt.Errorf("it is not empty: %s", found.Detail))
+		return fail(fmt.Errorf("%w: %s", ErrNotEmpty, found.Detail))
 	}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr

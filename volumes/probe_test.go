@@ -1,8 +1,10 @@
 package volumes
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -255,6 +257,39 @@ func TestCheckMakeFilesystem(t *testing.T) {
 	}
 	if err := CheckMakeFilesystem("absent"); !errors.Is(err, ErrNoProgram) {
 		t.Errorf("a program that is not there: %v", err)
+	}
+}
+
+// TestZeroEnds: what blkid finds in noise, wherever it is, is gone, and what lies between stays.
+func TestZeroEnds(t *testing.T) {
+	for _, size := range []int64{3*mib + 512, 8 * mib, 24 * mib} {
+		path := image(t, size)
+		noise := make([]byte, size)
+		rand.NewChaCha8([32]byte{5}).Read(noise)
+		copy(noise[size-512:], "JM")
+		writeAt(t, path, 0, noise...)
+		if got, err := Filesystem(t.Context(), path); err != nil || got.Type != "jmicron_raid_member" {
+			t.Fatalf("before: %+v, %v", got, err)
+		}
+		if err := ZeroEnds(t.Context(), path); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		end := int(min(size, endLength))
+		clear(noise[:end])
+		clear(noise[len(noise)-end:])
+		if !bytes.Equal(b, noise) {
+			t.Errorf("%d bytes: it is not both ends that were cleared", size)
+		}
+	}
+	if err := ZeroEnds(t.Context(), "/dev/full"); err == nil {
+		t.Error("a device that takes nothing was cleared")
+	}
+	if err := ZeroEnds(t.Context(), filepath.Join(t.TempDir(), "absent")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what is not there: %v", err)
 	}
 }
 

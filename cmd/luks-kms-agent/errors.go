@@ -104,7 +104,7 @@ func exitCode(err error) int {
 	case errors.Is(err, luks.ErrNoCryptsetup), errors.Is(err, luks.ErrNoDMCrypt),
 		errors.Is(err, volumes.ErrNoProgram), errors.Is(err, systemd.ErrNoSystemd):
 		return exitMissing
-	case errors.As(err, &record):
+	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):
 		return exitRefused
 	case errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy),
 		errors.Is(err, fs.ErrNotExist), errors.As(err, &program), errors.As(err, &errno):

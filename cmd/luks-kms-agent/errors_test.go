@@ -67,6 +67,7 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{luks.ErrNoCryptsetup, 8, false},
 		{luks.ErrNoDMCrypt, 8, false},
 		{volumes.ErrNoProgram, 8, false},
+		{fmt.Errorf("x: %w", volumes.ErrNotEmpty), 3, true},
 		{systemd.ErrNoSystemd, 8, false},
 		{&failedError{errs: []error{refused(agent.RefusedContent), kms(keycache.ReasonUnavailable)}}, 5, true},
 		{&failedError{errs: []error{refused(agent.RefusedContent), refused(agent.RefusedHeader)}}, 7, true},

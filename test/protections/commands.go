@@ -32,7 +32,7 @@ func inCommands() []protection {
 		}, codes},
 		{"a refused volume is told (3)", []edit{{errs, "\t\t}\n\t\treturn exitRefused\n", "\t\t}\n\t\treturn exitOK\n"}}, codes},
 		{"an unreadable record is told (3)", []edit{
-			{errs, "case errors.As(err, &record):\n\t\treturn exitRefused", "case errors.As(err, &record):\n\t\treturn exitOK"},
+			{errs, "case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):\n\t\treturn exitRefused", "case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):\n\t\treturn exitOK"},
 		}, codes},
 		{"a missing disk is told (6)", []edit{
 			{errs, "case agent.RefusedDevice:\n\t\t\treturn exitDevice\n", ""},

@@ -24,8 +24,7 @@ const endLength = 4 << 20
 
 // ZeroEnds overwrites the first and the last 4 MiB of a device or image file with zeros and returns when they are on stable storage. It is for
 // a mapping under a new key: what that shows is noise, and in noise blkid finds a signature about once in 65,536 volumes (two
-// bytes make a JMicron RAID). mkfs would refuse it, and where such a one is left at the end, udev knows of no filesystem and systemd
-// does not mount.
+// bytes make a JMicron RAID). mkfs would refuse it, and one that is left at the end would hide the filesystem from blkid for good.
 func ZeroEnds(ctx context.Context, path string) error {
 	if err := zeroEnds(ctx, path); err != nil {
 		return fmt.Errorf("cannot clear both ends of %s: %w", path, err)

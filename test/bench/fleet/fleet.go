@@ -35,6 +35,7 @@ type outcome struct {
 	worst    time.Duration
 	requests int // Decrypt requests of all nodes
 	most     int // of one node
+	refused  int // that KMS throttled
 	least    int // that no backoff can do without, see leastRequests
 	failed   int // nodes that gave up
 	other    int // failures that were no throttling: the machine, not the quota
@@ -63,8 +64,9 @@ func (f fleet) moments() []time.Duration {
 }
 
 // leastRequests is a lower bound of the requests until all are ready. A node's first request cannot be held back: it
-// knows nothing of the others. Of those, as many are served as the quota allows; every other one is lost, and its node needs
-// one more at least. Other requests could only take away from what is served.
+// knows nothing of the others. Of those, as many are served as the quota allows; every other one is lost, and its node
+// needs one more at least. Other requests could only take away from what is served. It is reckoned from the moments at
+// which the nodes should boot: on a machine that is late they may need a little less.
 func (f fleet) leastRequests() int {
 	b := newBucket(f.quota, f.burst)
 	n := f.nodes
@@ -126,7 +128,11 @@ func (f fleet) run(ctx context.Context, t testing.TB) (outcome, error) {
 	if err := ctx.Err(); err != nil {
 		return outcome{}, err
 	}
-	return f.sum(nodes, time.Since(start)), nil
+	o := f.sum(nodes, time.Since(start))
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	o.refused = q.refused
+	return o, nil
 }
 
 // open gets the key as an agent does at boot, which is at that moment.

@@ -44,7 +44,6 @@ type quota struct {
 
 	mu      sync.Mutex
 	bucket  *bucket
-	granted int
 	refused int
 }
 
@@ -52,7 +51,6 @@ func (q *quota) take() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.bucket.take(time.Since(q.start)) {
-		q.granted++
 		return true
 	}
 	q.refused++

@@ -1082,12 +1082,59 @@ func TestBackoffIsFullJitter(t *testing.T) {
 	}
 }
 
+// Who is throttled waits for seconds from the first refusal on, and no longer
+// after the next ones: docs/benchmarks-fleet.md has why.
+func TestThrottledBackoff(t *testing.T) {
+	highest := func(n int64) int64 { return n - 1 }
+	lowest := func(int64) int64 { return 0 }
+	for refusals, want := range map[int]time.Duration{
+		1: throttledWindow, 2: throttledWindow, throttledTries: throttledWindow, throttledTries + 1: backoffCap, 1 << 40: backoffCap,
+	} {
+		if got := (clock{random: highest}).throttledBackoff(refusals); got != want {
+			t.Errorf("refusal %d: at most %s, want %s", refusals, got, want)
+		}
+		if got := (clock{random: lowest}).throttledBackoff(refusals); got != want/2 {
+			t.Errorf("refusal %d: at least %s, want %s", refusals, got, want/2)
+		}
+	}
+	c := realClock()
+	var sum time.Duration
+	for range 2000 {
+		sum += c.throttledBackoff(1)
+	}
+	if mean := sum / 2000; mean < 4400*time.Millisecond || mean > 4600*time.Millisecond {
+		t.Errorf("the mean wait is %s", mean)
+	}
+}
+
+// A refusal is counted among refusals only: what was unreachable for long and
+// throttles when it is back is asked again soon.
+func TestRefusalsAreCountedApart(t *testing.T) {
+	n := newNode(t)
+	n.clock.random = func(n int64) int64 { return n - 1 }
+	faults := []kmstest.Fault{
+		{Code: "KMSInternalException", Status: 500}, {Cut: true}, {Code: "KMSInternalException", Status: 500},
+		{Code: "ThrottlingException"}, {Code: "Throttling"}, {Code: "RequestLimitExceeded"}, {Code: "LimitExceededException"},
+		{Cut: true},
+	}
+	want := []time.Duration{200, 400, 800, 6000, 6000, 6000, 6000, 20000}
+	for i, f := range faults {
+		f.Times = 1
+		n.kms.Fail(f)
+		want[i] *= time.Millisecond
+	}
+	n.generate(t)
+	if !slices.Equal(n.waits, want) {
+		t.Errorf("waits %v, want %v", n.waits, want)
+	}
+}
+
 func TestRetryLimit(t *testing.T) {
 	n := newNode(t, func(o *Options) { o.RetryLimit = 3 * time.Second })
 	n.clock.random = func(n int64) int64 { return n - 1 }
-	n.kms.Fail(kmstest.Fault{Code: "ThrottlingException"})
+	n.kms.Fail(kmstest.Fault{Code: "KMSInternalException"})
 	_, _, err := n.Generate(t.Context())
-	expect(t, err, ReasonUnavailable, "ThrottlingException")
+	expect(t, err, ReasonUnavailable, "KMSInternalException")
 	// 0.2 + 0.4 + 0.8 + 1.6, of which the last is cut to the limit.
 	want := []time.Duration{200, 400, 800, 1600}
 	for i := range want {

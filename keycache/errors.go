@@ -109,6 +109,16 @@ func (e *Error) Retryable() bool {
 	return false
 }
 
+// throttled reports whether KMS answered that too many requests are made, and
+// served others.
+func (e *Error) throttled() bool {
+	switch e.Code {
+	case "ThrottlingException", "Throttling", "ThrottledException", "TooManyRequestsException", "RequestLimitExceeded", "LimitExceededException":
+		return true
+	}
+	return false
+}
+
 // reasons maps the codes of KMS and of the AWS front end. Several, AccessDenied
 // and Throttling among them, have no Go type in the SDK: the code is all there is.
 var reasons = map[string]Reason{

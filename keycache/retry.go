@@ -13,10 +13,20 @@ const (
 
 	// backoffBase doubles with each attempt up to backoffCap; the wait is
 	// uniform between 0 and that ("full jitter"). The cap is the SDK's own
-	// (retry.DefaultMaxBackoff); the base is ours: a fleet that boots at once
-	// must spread, while one node behind a blip should not wait for seconds.
+	// (retry.DefaultMaxBackoff); the base is ours: one node behind a blip should
+	// not wait for seconds.
 	backoffBase = 200 * time.Millisecond
 	backoffCap  = 20 * time.Second
+
+	// Throttling is another matter: KMS is well and serves others meanwhile, and
+	// in a fleet that boots at once every early try takes the place of somebody
+	// else's. The wait is uniform between half of throttledWindow and all of it,
+	// for the first throttledTries refusals (about a minute) alike: windows that
+	// grow leave the quota idle in the end, while the last nodes sit out a long
+	// wait. What lasts longer is no fleet that boots: then the window is
+	// backoffCap. Measured by test/bench/fleet; docs/benchmarks-fleet.md.
+	throttledWindow = 6 * time.Second
+	throttledTries  = 13
 )
 
 // Retry tells that a call failed in a way that may pass, and that it will be
@@ -62,10 +72,20 @@ func (c clock) backoff(attempt int) time.Duration {
 	return time.Duration(c.random(int64(ceiling) + 1))
 }
 
+// throttledBackoff is the wait after the given number of refusals, from 1.
+func (c clock) throttledBackoff(refusals int) time.Duration {
+	window := throttledWindow
+	if refusals > throttledTries {
+		window = backoffCap
+	}
+	return window/2 + time.Duration(c.random(int64(window/2)+1))
+}
+
 // retry calls f, each time with its own deadline, until it succeeds, fails for
 // good, the limit since start is reached, or ctx ends. The last wait is cut so
 // that one more attempt falls on the limit.
 func (c *Client) retry(ctx context.Context, start time.Time, op, object string, f func(context.Context) error) error {
+	refusals := 0 // attempts that were throttled
 	for attempt := 1; ; attempt++ {
 		err := c.attempt(ctx, f)
 		if err == nil {
@@ -85,7 +105,12 @@ func (c *Client) retry(ctx context.Context, start time.Time, op, object string, 
 		if c.limit < 0 || elapsed >= c.limit {
 			return e
 		}
-		wait := min(c.clock.backoff(attempt), c.limit-elapsed)
+		wait := c.clock.backoff(attempt)
+		if e.throttled() {
+			refusals++
+			wait = c.clock.throttledBackoff(refusals)
+		}
+		wait = min(wait, c.limit-elapsed)
 		c.note(func(calls *Calls) { calls.Retries++ })
 		if c.options.OnRetry != nil {
 			c.options.OnRetry(Retry{Op: op, Attempt: attempt, Wait: wait, Err: e, Elapsed: elapsed, Limit: c.limit})

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help build lint test-unit test-vm test demo bench fuzz soak protections update-golden install clean
+.PHONY: help build lint test-unit test-vm test demo bench fleet fuzz soak protections update-golden install clean
 
 GO      ?= go
 DESTDIR ?=
@@ -73,6 +73,9 @@ demo: ## the main job, told as it goes, in a VM on this machine
 bench: ## Go benchmarks
 	@$(call need,cryptsetup-bin util-linux)
 	@$(GO) test -run '^$$' -bench . -benchmem ./agent ./keycache ./luks ./systemd ./volumes
+
+fleet: ## boot 100 and 1,000 nodes at once against a KMS with a quota: docs/benchmarks-fleet.md (5 minutes)
+	@$(GO) run ./test/bench/fleet -nodes 100,1000
 
 FUZZTIME ?= 30s
 # -fuzzminimizetime 1x: by default Go spends up to a minute on making an input smaller that is only new.

@@ -305,8 +305,9 @@ func inKeycache() []protection {
 		}, "./keycache TestBackoffIsFullJitter"},
 		{"attempts end at the limit (the check and the last wait)", []edit{
 			{retry, "elapsed >= c.limit {", "elapsed >= 100*c.limit {"},
-			{retry, "min(c.clock.backoff(attempt), c.limit-elapsed)", "c.clock.backoff(attempt)"},
+			{retry, "\t\twait = min(wait, c.limit-elapsed)\n", ""},
 		}, "./keycache TestRetryLimit"},
+		{"a fleet that is throttled does not storm", []edit{{retry, "if e.throttled() {", "if false {"}}, "./keycache TestRefusalsAreCountedApart"},
 		{"the SDK does not try KMS again", []edit{{kms, "Retryer:     aws.NopRetryer{},", ""}}, "./keycache TestSDKDoesNotRetry"},
 		{"the SDK does not try the metadata service again", []edit{
 			{imds, "Retryer:           aws.NopRetryer{},", ""},

@@ -63,8 +63,9 @@ func runCryptsetup(ctx context.Context, stdin []byte, args ...string) (string, e
 	cmd.Stdin = bytes.NewReader(stdin)
 	var stdout, stderr limited
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	// A child of it that kept the pipes must not hold us.
-	cmd.WaitDelay = 5 * time.Second
+	// A child of it that kept the pipes must not hold us for ever. Not shorter: with 24 volumes on a busy machine some of our own
+	// children, which have the pipes of all others until they are exec'ed, take more than 5 s to come so far.
+	cmd.WaitDelay = time.Minute
 
 	err = cmd.Run()
 	if err == nil {

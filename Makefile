@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help build lint test-unit test-vm test demo bench fleet fuzz soak protections update-golden install clean
+.PHONY: help build lint test-unit test-vm test demo bench bench-baseline bench-compare fleet fuzz soak protections update-golden install clean
 
 GO      ?= go
 DESTDIR ?=
@@ -29,7 +29,7 @@ fi
 endef
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r t d; do printf '  make %-13s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r t d; do printf '  make %-14s %s\n' "$$t" "$$d"; done
 
 build: ## build bin/luks-kms-agent: static, stripped, at most 15 MB
 	@CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o $(BINARY) ./cmd/luks-kms-agent
@@ -70,9 +70,26 @@ test: ## lint, unit tests and VM stories; the last line counts the tests
 demo: ## the main job, told as it goes, in a VM on this machine
 	@$(GO) run ./test/vm/demo
 
-bench: ## Go benchmarks
+VOLUMES ?= 1,2,4,8,16,24
+ROUNDS  ?= 5
+BENCH   := docs/benchmarks
+bench: ## measure the agent beside what a user would pick, in a VM; writes docs/benchmarks.md and what it shows (an hour)
+	@mkdir -p $(BENCH) $(CACHE)/tools
+	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/report ./report
+	@$(GO) run ./test/vm/bench -volumes $(VOLUMES) -repeat $(ROUNDS) -out $(BENCH)/results.csv -machine $(BENCH)/machine.txt
+	@$(CACHE)/tools/report -results $(BENCH) -page docs/benchmarks.md
+
+GOBENCH = $(GO) test -run '^$$' -bench . -benchmem -count $(1) ./agent ./keycache ./luks ./systemd ./volumes
+bench-baseline: ## Go benchmarks; what they say is what bench-compare compares with
 	@$(call need,cryptsetup-bin util-linux)
-	@$(GO) test -run '^$$' -bench . -benchmem ./agent ./keycache ./luks ./systemd ./volumes
+	@mkdir -p $(BENCH)
+	@$(call GOBENCH,6) | tee $(BENCH)/go.txt
+
+bench-compare: ## Go benchmarks beside those of the baseline, by benchstat
+	@$(call need,cryptsetup-bin util-linux)
+	@mkdir -p $(CACHE)/tools
+	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/benchstat golang.org/x/perf/cmd/benchstat
+	@now=$$(mktemp); trap 'rm -f "$$now"' EXIT; $(call GOBENCH,6) >"$$now"; $(CACHE)/tools/benchstat $(BENCH)/go.txt "$$now"
 
 fleet: ## boot 100 and 1,000 nodes at once against a KMS with a quota: docs/benchmarks-fleet.md (5 minutes)
 	@$(GO) run ./test/bench/fleet -nodes 100,1000

@@ -7,94 +7,17 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/signal"
-	"slices"
 	"strings"
-	"sync"
-	"syscall"
 
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
 )
 
 func main() {
-	t := &teller{}
-	interrupted := make(chan os.Signal, 1)
-	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-interrupted
-		fmt.Println("demo: interrupted")
-		t.cleanUp()
-		os.Exit(130)
-	}()
-	if !t.tell(story) {
+	if !harness.Tell("demo", story) {
 		fmt.Println("demo: FAILED")
 		os.Exit(1)
 	}
 	fmt.Println("\ndemo: OK")
-}
-
-// failure ends a story.
-type failure struct{}
-
-// teller is the harness.TB of a demo.
-type teller struct {
-	mu       sync.Mutex
-	failed   bool
-	cleanups []func()
-}
-
-// tell runs a story and everything that it left to clean up.
-func (t *teller) tell(story func(*teller)) bool {
-	func() {
-		defer func() {
-			if cause := recover(); cause != nil {
-				if _, ok := cause.(failure); !ok {
-					t.Errorf("panic: %v", cause)
-				}
-			}
-		}()
-		story(t)
-	}()
-	t.cleanUp()
-	return !t.Failed()
-}
-
-func (t *teller) cleanUp() {
-	t.mu.Lock()
-	cleanups := t.cleanups
-	t.cleanups = nil
-	t.mu.Unlock()
-	for _, cleanup := range slices.Backward(cleanups) {
-		cleanup()
-	}
-}
-
-func (t *teller) Helper()                         {}
-func (t *teller) Name() string                    { return "demo" }
-func (t *teller) Logf(format string, args ...any) { fmt.Printf(format+"\n", args...) }
-
-func (t *teller) Errorf(format string, args ...any) {
-	fmt.Printf("demo: "+format+"\n", args...)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.failed = true
-}
-
-func (t *teller) Fatalf(format string, args ...any) {
-	t.Errorf(format, args...)
-	panic(failure{})
-}
-
-func (t *teller) Failed() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.failed
-}
-
-func (t *teller) Cleanup(f func()) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.cleanups = append(t.cleanups, f)
 }
 
 const (
@@ -104,7 +27,7 @@ const (
 
 var points = []string{"/mnt", "/mnt1", "/mnt2", "/mnt3", "/data"}
 
-func story(t *teller) {
+func story(t harness.TB) {
 	step := harness.Announce(os.Stdout)
 	heading("Getting ready")
 	assets, err := harness.Prepare(context.Background(), step)
@@ -128,7 +51,7 @@ func story(t *teller) {
 	byHand(t, n, step, files)
 }
 
-func firstBoot(t *teller, n *harness.Node, step harness.Step) (files string) {
+func firstBoot(t harness.TB, n *harness.Node, step harness.Step) (files string) {
 	heading("First boot: two instance-store disks, two EBS volumes and a loop device, all blank")
 	show("The whole configuration", n.Config(config))
 	done := step("booting the node")
@@ -154,7 +77,7 @@ func firstBoot(t *teller, n *harness.Node, step harness.Step) (files string) {
 	return files
 }
 
-func reboot(t *teller, n *harness.Node, step harness.Step, files string) {
+func reboot(t harness.TB, n *harness.Node, step harness.Step, files string) {
 	heading("Reboot: the disks come up in another order")
 	n.Shuffle()
 	done := step("shutting down")
@@ -174,7 +97,7 @@ func reboot(t *teller, n *harness.Node, step harness.Step, files string) {
 	fmt.Println("  The same as before the reboot.")
 }
 
-func rawDisks(t *teller, n *harness.Node, step harness.Step) {
+func rawDisks(t harness.TB, n *harness.Node, step harness.Step) {
 	heading("What somebody sees who has the disks")
 	done := step("searching the raw disk images for what the files say")
 	n.Sh("sync")
@@ -191,7 +114,7 @@ func rawDisks(t *teller, n *harness.Node, step harness.Step) {
 	done()
 }
 
-func byHand(t *teller, n *harness.Node, step harness.Step, files string) {
+func byHand(t harness.TB, n *harness.Node, step harness.Step, files string) {
 	heading("By hand: lock one volume and unlock it")
 	done := step("lock and unlock")
 	for _, command := range []string{"luks-kms-agent lock /mnt2", "luks-kms-agent status", "luks-kms-agent unlock vol-0aaaaaaaaaaaaaaa1"} {
@@ -205,7 +128,7 @@ func byHand(t *teller, n *harness.Node, step harness.Step, files string) {
 }
 
 // plan shows what the last run did with each disk and why.
-func plan(t *teller, n *harness.Node) string {
+func plan(t harness.TB, n *harness.Node) string {
 	volumes, ok := n.Status()["volumes"].([]any)
 	if !ok {
 		t.Fatalf("the status has no volumes")
@@ -226,7 +149,7 @@ func text(v any) string {
 }
 
 // calls shows what KMS has seen since the last time, and checks it.
-func calls(t *teller, n *harness.Node, generate, decrypt int, meaning string) {
+func calls(t harness.TB, n *harness.Node, generate, decrypt int, meaning string) {
 	var b strings.Builder
 	for _, call := range n.KMS.Calls() {
 		fmt.Fprintln(&b, call)

@@ -13,11 +13,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
-	"sort"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -65,8 +66,9 @@ var programs = map[string]string{
 // Step reports the beginning of a piece of work; the function it returns reports its end.
 type Step func(what string) (done func())
 
-// Prepare installs what is missing, builds the servers, and makes the boot disk with the agent as `make install` puts it.
-func Prepare(ctx context.Context, step Step) (*Assets, error) {
+// Prepare installs what is missing, builds the servers, and makes the boot disk with the agent as `make install` puts it. Packages are
+// of Debian, and on the boot disk besides those that every story needs.
+func Prepare(ctx context.Context, step Step, packages ...string) (*Assets, error) {
 	repo, err := findRepo()
 	if err != nil {
 		return nil, err
@@ -91,13 +93,13 @@ func Prepare(ctx context.Context, step Step) (*Assets, error) {
 		IMDS:  filepath.Join(cache, "tools", "imds"),
 	}
 	a.snapshot = sync.OnceValues(a.takeSnapshot)
-	if err := a.prepare(ctx, step, cache); err != nil {
+	if err := a.prepare(ctx, step, cache, packages); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
 	return a, nil
 }
 
-func (a *Assets) prepare(ctx context.Context, step Step, cache string) error {
+func (a *Assets) prepare(ctx context.Context, step Step, cache string, packages []string) error {
 	unlock, err := lockCache(cache)
 	if err != nil {
 		return err
@@ -116,7 +118,7 @@ func (a *Assets) prepare(ctx context.Context, step Step, cache string) error {
 	}
 	done()
 
-	image, err := buildImage(ctx, step, cache)
+	image, err := buildImage(ctx, step, cache, strings.Join(packages, " "))
 	if err != nil {
 		return err
 	}
@@ -250,14 +252,14 @@ func inject(ctx context.Context, image, tree string) error {
 }
 
 // buildImage makes the boot disk without the agent, or finds it in the cache under the hash of its inputs.
-func buildImage(ctx context.Context, step Step, cache string) (string, error) {
+func buildImage(ctx context.Context, step Step, cache, packages string) (string, error) {
 	sources, err := aptSources()
 	if err != nil {
 		return "", err
 	}
 	aptConf := aptSettings(ctx)
 	hash := sha256.New()
-	for _, input := range [][]byte{imageScript, sources} {
+	for _, input := range [][]byte{imageScript, sources, []byte(packages)} {
 		fmt.Fprintf(hash, "%d\n", len(input))
 		hash.Write(input)
 	}
@@ -287,7 +289,7 @@ func buildImage(ctx context.Context, step Step, cache string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := asRoot(ctx, "sh", script, dir, list, settings); err != nil {
+	if err := asRoot(ctx, "sh", script, dir, list, settings, packages); err != nil {
 		return "", fmt.Errorf("cannot build the VM image: %w", err)
 	}
 	return dir, nil
@@ -382,16 +384,17 @@ func installPackages(ctx context.Context, step Step) error {
 	if len(missing) == 0 {
 		return nil
 	}
-	var names []string
-	for name := range missing {
-		names = append(names, name)
-	}
-	sort.Strings(names)
+	names := slices.Sorted(maps.Keys(missing))
 	defer step("installing " + strings.Join(names, ", "))()
+	return Install(ctx, names...)
+}
+
+// Install installs Debian's packages on the host.
+func Install(ctx context.Context, packages ...string) error {
 	if err := asRoot(ctx, "apt-get", "-q", "update"); err != nil {
 		return err
 	}
-	arguments := append([]string{"DEBIAN_FRONTEND=noninteractive", "apt-get", "-qy", "install", "--no-install-recommends"}, names...)
+	arguments := append([]string{"DEBIAN_FRONTEND=noninteractive", "apt-get", "-qy", "install", "--no-install-recommends"}, packages...)
 	return asRoot(ctx, "env", arguments...)
 }
 

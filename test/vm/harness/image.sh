@@ -1,20 +1,20 @@
 #!/bin/sh
 # Builds the root disk that every VM of the stories starts from, and its kernel:
 #
-#   image.sh OUTDIR SOURCES APTCONF
+#   image.sh OUTDIR SOURCES APTCONF MORE
 #
 # writes OUTDIR/root.img (raw, one partition with ext4) and OUTDIR/vmlinuz. Runs as root. SOURCES is a file of apt
-# sources for bookworm, or "" for mmdebstrap's default mirror; APTCONF is a file of apt settings (proxies). Nothing of
-# the agent is in here: what changes with every commit is laid on top later, so that this is built once.
+# sources for bookworm, or "" for mmdebstrap's default mirror; APTCONF is a file of apt settings (proxies); MORE are packages
+# besides those that every story needs. Nothing of the agent is in here: what changes with every commit is laid on top later, so that this is built once.
 set -eu
 export LC_ALL=C PATH="/usr/sbin:/sbin:$PATH"
 
-out=$1 sources=$2 aptconf=$3
+out=$1 sources=$2 aptconf=$3 more=$4
 suite=bookworm
 
 # strace, procps: the stories look at processes. gdisk etc. are not needed: sfdisk of the host partitions the disk.
 packages='systemd systemd-sysv udev dbus kmod linux-image-cloud-amd64 cryptsetup-bin dmsetup e2fsprogs xfsprogs
-iproute2 strace procps'
+iproute2 strace procps '"$more"
 
 work=$(mktemp -d "$out/build.XXXXXX")
 trap 'rm -rf "$work"' EXIT

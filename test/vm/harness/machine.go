@@ -55,9 +55,10 @@ func encodeManifest(m channel.Manifest) ([]byte, error) {
 
 // hardware is what one run of QEMU is given.
 type hardware struct {
-	socket, console, said string // the channel, the serial console, QEMU's own messages
-	imds, kms, kmsTLS     string // the servers on the host, as host:port
-	boot                  string // the boot disk, qcow2
+	socket, console, said string            // the channel, the serial console, QEMU's own messages
+	imds, kms, kmsTLS     string            // the servers on the host, as host:port
+	others                map[string]string // more of them, by their address in the guest
+	boot                  string            // the boot disk, qcow2
 	drives                []drive
 
 	initrd   string // "" for none
@@ -123,6 +124,10 @@ func (a *Assets) qemuArguments(h hardware) ([]string, error) {
 	relay := func(guest, host string) string {
 		return fmt.Sprintf(",guestfwd=tcp:%s-cmd:%s relay %s", guest, a.Guest, host)
 	}
+	servers := relay(IMDSAddress, h.imds) + relay(KMSAddress, h.kms) + relay(KMSTLSAddress, h.kmsTLS)
+	for guest, host := range h.others {
+		servers += relay(guest, host)
+	}
 	kernel := "root=PARTUUID=" + rootUUID + " rw rootwait console=ttyS0 net.ifnames=0 quiet loglevel=4 " +
 		"systemd.show_status=false mitigations=off audit=0 nokaslr no_timer_check random.trust_cpu=on"
 	boot := "nvme,serial=vol0b007b007b007b007,drive=boot"
@@ -137,9 +142,9 @@ func (a *Assets) qemuArguments(h hardware) ([]string, error) {
 		"-chardev", "file,id=console,append=on,path=" + h.console, "-serial", "chardev:console",
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=channel,server=on,wait=off,path=" + h.socket,
 		"-device", "virtserialport,chardev=channel,name=" + channel.Port,
-		// The network of a link-local address holds both servers; restrict keeps everything else out of reach.
+		// The network of a link-local address holds the servers; restrict keeps everything else out of reach.
 		"-netdev", "user,id=net,restrict=on,net=169.254.169.0/24,host=169.254.169.2,dns=169.254.169.3,dhcpstart=169.254.169.100" +
-			relay(IMDSAddress, h.imds) + relay(KMSAddress, h.kms) + relay(KMSTLSAddress, h.kmsTLS),
+			servers,
 		"-device", "virtio-net-pci,netdev=net,romfile=",
 		// qcow2 keeps metadata in QEMU's memory, so this cache mode has to honour the guest's flushes.
 		"-drive", "if=none,id=boot,format=qcow2,cache=writeback,file=" + h.boot,

@@ -52,6 +52,7 @@ type Node struct {
 	files   []channel.File
 	vm      *machine
 	boots   int
+	others  map[string]string // servers on the host, by their address in the guest
 
 	losing *rand.Rand // decides what a power cut takes of writes that were not flushed; nil where it takes none
 	cut    Cut        // what the last one took
@@ -103,6 +104,14 @@ func (n *Node) Provide(path string, mode uint32, text string) {
 	n.files = append(n.files, channel.File{Path: path, Mode: mode, Data: []byte(text)})
 }
 
+// Serve lets the node reach one more server of the host, at an address of the network of IMDS. Before it is switched on.
+func (n *Node) Serve(guest, host string) {
+	if n.others == nil {
+		n.others = map[string]string{}
+	}
+	n.others[guest] = host
+}
+
 // Shuffle turns the order round in which the disks appear, and with it their kernel names.
 func (n *Node) Shuffle() { slices.Reverse(n.disks) }
 
@@ -152,6 +161,7 @@ func (n *Node) launch(h hardware) {
 	if err := n.writeManifest(); err != nil {
 		n.tb.Fatalf("cannot write the manifest: %v", err)
 	}
+	h.others = n.others
 	h.socket, h.console, h.said = filepath.Join(n.dir, fmt.Sprintf("channel-%d", n.boots)), n.console(), filepath.Join(n.logs, "qemu.log")
 	h.imds, h.kms, h.kmsTLS, h.boot = n.servers.imdsAddr, n.servers.kmsAddr, n.servers.tlsAddr, n.overlay()
 	drives := []drive{{serial: channel.ManifestSerial, image: n.Image(channel.ManifestSerial)}}
@@ -238,12 +248,38 @@ func (n *Node) Try(command string) Result { n.tb.Helper(); return n.TryWith(nil,
 // TryWith is Try with a standard input.
 func (n *Node) TryWith(stdin []byte, command string) Result {
 	n.tb.Helper()
-	const limit = 3 * time.Minute
+	return n.exec(stdin, command, 3*time.Minute)
+}
+
+func (n *Node) exec(stdin []byte, command string, limit time.Duration) Result {
+	n.tb.Helper()
 	response, err := n.running().ask(channel.Request{Op: channel.Exec, Command: command, Stdin: stdin, Timeout: limit}, limit+time.Minute)
 	if err != nil {
 		n.tb.Fatalf("cannot run %q in the guest: %v\n%s%s", command, err, response.Stdout, response.Stderr)
 	}
 	return Result{Command: command, Code: response.Code, Stdout: string(response.Stdout), Stderr: string(response.Stderr)}
+}
+
+// ShLong is Sh for what takes more than a minute or two.
+func (n *Node) ShLong(command string, limit time.Duration) string {
+	n.tb.Helper()
+	r := n.exec(nil, command, limit)
+	if r.Code != 0 {
+		n.tb.Fatalf("%s", r)
+	}
+	return r.Stdout
+}
+
+// Meter is ShLong for what is to be measured: it returns what the command cost the machine.
+func (n *Node) Meter(command string, limit time.Duration) (cost channel.Cost) {
+	n.tb.Helper()
+	const result, script = "/run/story-cost", "/run/story-measured"
+	n.Write(script, 0o700, command)
+	n.ShLong("/usr/local/lib/story/guest meter "+result+" bash "+script, limit)
+	if err := json.Unmarshal(n.Read(result), &cost); err != nil {
+		n.tb.Fatalf("cannot read what it cost: %v", err)
+	}
+	return cost
 }
 
 // Sh runs a command in the guest that must succeed, and returns what it printed.

@@ -174,9 +174,9 @@ func TestUnflushedWritesAreLost(t *testing.T) {
 	const disk = "/dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0aaaaaaaaaaaaaaa1"
 	const flushed, unflushed, pieces, piece = 16 << 20, 32 << 20, 256, 4096
 	write := func(offset int, flags string) {
-		n.Sh(fmt.Sprintf("yes | dd of=%s bs=%d count=%d iflag=fullblock oflag=direct,seek_bytes seek=%d %s", disk, piece, pieces, offset, flags))
+		n.Sh(fmt.Sprintf("yes | dd of=%s bs=%d count=%d iflag=fullblock oflag=direct,seek_bytes seek=%d conv=nocreat%s", disk, piece, pieces, offset, flags))
 	}
-	write(flushed, "conv=fsync")
+	write(flushed, ",fsync")
 	write(unflushed, "")
 	n.PowerCut()
 	cut := n.LastCut()

@@ -226,7 +226,7 @@ func (r *recovery) headers() {
 	damage := func(copies ...string) {
 		r.n.Sh("luks-kms-agent lock")
 		for _, at := range copies {
-			r.n.Sh("printf '\\377' | dd of=" + byID(ebs1) + " bs=1 conv=notrunc,fsync status=none seek=" + at)
+			r.n.Sh("printf '\\377' | dd of=" + byID(ebs1) + " bs=1 conv=nocreat,notrunc,fsync status=none seek=" + at)
 		}
 	}
 	damage("4200")

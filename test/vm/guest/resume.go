@@ -30,7 +30,11 @@ func resume(now string) error {
 	if err := reseed(seed); err != nil {
 		return fmt.Errorf("cannot seed the kernel's random numbers: %w", err)
 	}
-	return setup()
+	if err := setup(); err != nil {
+		return err
+	}
+	// A boot comes to its logins long after udev has named the disks.
+	return runProgram("udevadm", "settle")
 }
 
 func reseed(seed []byte) error {

@@ -31,6 +31,11 @@ type protection struct {
 // An edit replaces the one place in a file that has a text.
 type edit struct{ file, old, new string }
 
+// one is a protection that a single edit takes away.
+func one(what, file, old, replaced, test string) protection {
+	return protection{what, []edit{{file, old, replaced}}, test}
+}
+
 // inVM says whether the test is a story, which takes a minute or more.
 func (p protection) inVM() bool { return strings.HasPrefix(p.test, "./test/vm ") }
 

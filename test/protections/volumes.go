@@ -14,42 +14,39 @@ func inProbe() []protection {
 		fails = "./volumes TestProbeErrors"
 		codes = "./volumes TestBlkidExitCodes"
 	)
-	one := func(what, old, replaced, test string) protection {
-		return protection{what, []edit{{file, old, replaced}}, test}
-	}
 	return []protection{
 		one("what blkid finds is not blank",
-			`if !content.Blank {`, `if false {`, probe+"ext4"),
+			file, `if !content.Blank {`, `if false {`, probe+"ext4"),
 		one("what blkid has no name for is not blank if it is not zero",
-			`if deep == provenZero && offset >= 0 {`, `if false {`, "./volumes TestProbeRemains"),
+			file, `if deep == provenZero && offset >= 0 {`, `if false {`, "./volumes TestProbeRemains"),
 		one("a disk is only blank if its end is zero",
-			`offset = size - proofLength`, `break`, probe+"last byte"),
+			file, `offset = size - proofLength`, `break`, probe+"last byte"),
 		one("a disk is only blank if its start is zero",
-			`for offset := int64(0); offset < size; {`, `for offset := max(0, size-proofLength); offset < size; {`, probe+"last byte of the first 16 MiB"),
+			file, `for offset := int64(0); offset < size; {`, `for offset := max(0, size-proofLength); offset < size; {`, probe+"last byte of the first 16 MiB"),
 		one("a disk is only blank if 16 MiB at each end are zero",
-			`const proofLength = 16 << 20`, `const proofLength = 15 << 20`, probe+"first byte of the last 16 MiB"),
+			file, `const proofLength = 16 << 20`, `const proofLength = 15 << 20`, probe+"first byte of the last 16 MiB"),
 		one("a disk whose ends cannot be read is not blank",
-			`if _, err := f.ReadAt(buffer[:n], offset); err != nil {`, `if _, err := f.ReadAt(buffer[:n], offset); false {`, "./volumes TestUnreadableIsNotBlank"),
+			file, `if _, err := f.ReadAt(buffer[:n], offset); err != nil {`, `if _, err := f.ReadAt(buffer[:n], offset); false {`, "./volumes TestUnreadableIsNotBlank"),
 		one("that blkid finds nothing on a mapping only counts if both ends can be read",
-			`if deep >= readable {`, `if deep >= provenZero {`, "./volumes TestUnreadableIsNotBlank"),
+			file, `if deep >= readable {`, `if deep >= provenZero {`, "./volumes TestUnreadableIsNotBlank"),
 		one("what has no size is not blank",
-			`case actual <= 0:`, `case false:`, fails),
+			file, `case actual <= 0:`, `case false:`, fails),
 		one("a disk of another size is not the one that was asked about",
-			`case size != 0 && size != actual:`, `case false:`, fails),
+			file, `case size != 0 && size != actual:`, `case false:`, fails),
 		one("xfs that blkid does not find is an error",
-			`case string(head[:4]) == "XFSB":`, `case false:`, codes),
+			file, `case string(head[:4]) == "XFSB":`, `case false:`, codes),
 		one("ext4 that blkid does not find is an error",
-			`case le.Uint16(head[1024+56:]) == 0xef53 && le`, `case false && le`, codes),
+			file, `case le.Uint16(head[1024+56:]) == 0xef53 && le`, `case false && le`, codes),
 		one("signatures of several formats are not blank",
-			`return Content{Detail: "signatures of more than one format"}, nil`, `return Content{Blank: true}, nil`, codes),
+			file, `return Content{Detail: "signatures of more than one format"}, nil`, `return Content{Blank: true}, nil`, codes),
 		one("a blkid that fails is an error",
-			`case exit.ExitCode() == 2 && stderr`, `case stderr`, codes),
+			file, `case exit.ExitCode() == 2 && stderr`, `case stderr`, codes),
 		one("a blkid that finds nothing and complains is an error",
-			` && stderr.Len() == 0`, ``, codes),
+			file, ` && stderr.Len() == 0`, ``, codes),
 		one("a blkid that finds nothing and says something is an error",
-			` && stdout.Len() == 0`, ``, codes),
+			file, ` && stdout.Len() == 0`, ``, codes),
 		one("blkid and mkfs get nothing of our environment",
-			`cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}`, ``, codes),
+			file, `cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}`, ``, codes),
 	}
 }
 
@@ -61,9 +58,6 @@ func inFilesystems() []protection {
 		refuses = "./volumes TestMakeFilesystemRefuses"
 		mounted = "./volumes TestEverMounted"
 	)
-	one := func(what, file, old, replaced, test string) protection {
-		return protection{what, []edit{{file, old, replaced}}, test}
-	}
 	return []protection{
 		one("no filesystem is made over something",
 			mkfs, `if !found.Blank {`, `if false {`, refuses),
@@ -105,30 +99,27 @@ func inHold() []protection {
 		hold     = "volumes/hold.go"
 		identity = "./volumes TestHoldVerifiesIdentity"
 	)
-	one := func(what, old, replaced, test string) protection {
-		return protection{what, []edit{{hold, old, replaced}}, test}
-	}
 	return []protection{
 		one("a held disk is locked",
-			`if err := h.lock(ctx); err != nil {`, `if err := error(nil); err != nil {`, "./volumes TestHoldExcludes"),
+			hold, `if err := h.lock(ctx); err != nil {`, `if err := error(nil); err != nil {`, "./volumes TestHoldExcludes"),
 		one("the lock of a held disk excludes others",
-			`unix.LOCK_EX|unix.LOCK_NB`, `unix.LOCK_SH|unix.LOCK_NB`, "./volumes TestHoldExcludes"),
+			hold, `unix.LOCK_EX|unix.LOCK_NB`, `unix.LOCK_SH|unix.LOCK_NB`, "./volumes TestHoldExcludes"),
 		one("a held disk is the one that was scanned",
-			`if err := h.Recheck(); err != nil { // under`, `if err := h.Recheck(); false { // under`, identity),
+			hold, `if err := h.Recheck(); err != nil { // under`, `if err := h.Recheck(); false { // under`, identity),
 		one("a checked disk is the one that was scanned",
-			`return h.Recheck()`, `return nil`, identity),
+			hold, `return h.Recheck()`, `return nil`, identity),
 		one("a disk has the number that was scanned",
-			`case now.major != d.Major || now.minor != d.Minor:`, `case false:`, identity),
+			hold, `case now.major != d.Major || now.minor != d.Minor:`, `case false:`, identity),
 		one("a disk has the sequence number that was scanned",
-			`case now.diskSeq != d.DiskSeq:`, `case false:`, identity),
+			hold, `case now.diskSeq != d.DiskSeq:`, `case false:`, identity),
 		one("a disk has the size that was scanned",
-			`case now.size != d.Size:`, `case false:`, identity),
+			hold, `case now.size != d.Size:`, `case false:`, identity),
 		one("a disk has the serial that was scanned",
-			`case now.serial != d.Serial:`, `case false:`, identity),
+			hold, `case now.serial != d.Serial:`, `case false:`, identity),
 		one("a disk that cannot be identified is not held",
-			`return fmt.Errorf("cannot identify %s: %w", d.Path, err)`, `return nil`, "./volumes TestHoldFailsClosed"),
+			hold, `return fmt.Errorf("cannot identify %s: %w", d.Path, err)`, `return nil`, "./volumes TestHoldFailsClosed"),
 		one("what is no block device any more is not held",
-			`if st.Mode&unix.S_IFMT != unix.S_IFBLK {`, `if false {`, "./volumes TestHoldNoDevice"),
+			hold, `if st.Mode&unix.S_IFMT != unix.S_IFBLK {`, `if false {`, "./volumes TestHoldNoDevice"),
 	}
 }
 
@@ -141,9 +132,6 @@ func inScan() []protection {
 		listed   = "./volumes TestDevicesListed"
 		unread   = "./volumes TestUnreadableIsAnError/"
 	)
-	one := func(what, file, old, replaced, test string) protection {
-		return protection{what, []edit{{file, old, replaced}}, test}
-	}
 	return []protection{
 		one("an NVMe path node is no disk of its own",
 			sysfs, `hidden == "1" {`, `hidden == "2" {`, listed),
@@ -212,9 +200,6 @@ func inUses() []protection {
 		seen   = "./volumes TestUses/"
 		unread = "./volumes TestUnreadableIsAnError/"
 	)
-	one := func(what, file, old, replaced, test string) protection {
-		return protection{what, []edit{{file, old, replaced}}, test}
-	}
 	return []protection{
 		one("the disk of / is the system's",
 			uses, `paths := []string{"/", `, `paths := []string{`, seen+"root on an unpartitioned disk"),

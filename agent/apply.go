@@ -79,6 +79,9 @@ func (n *Node) apply(ctx context.Context, store *keycache.Store, f Facts, p Plan
 		return outcomes
 	}
 	var wg sync.WaitGroup
+	if slices.ContainsFunc(p.Actions, func(act Action) bool { return act.Verb.acts() }) {
+		wg.Go(func() { _, _ = connect() }) // it stands when the first volume is open
+	}
 	for i := range p.Actions {
 		wg.Go(func() {
 			start := n.now()

@@ -13,27 +13,29 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
-// observe collects the facts. Disks, headers, records and IMDS are read at the
+// observe collects the facts. Disks, headers and IMDS are read at the
 // same time; where keys is not nil, KMS is already asked for the keys of the
-// volumes that will have to be opened, so that its answer comes while headers are
+// volumes that will have to be opened, so that its answer comes while disks are
 // being read.
 func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring) (Facts, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	f := Facts{Config: n.cfg}
-	var identity keycache.Identity
-	var errIdentity error
-	asked := make(chan struct{})
-	go func() {
-		defer close(asked)
-		identity, errIdentity = n.cloud.Identity(ctx)
-	}()
-
 	records, err := store.Load()
 	if err != nil {
 		return f, err
 	}
 	f.Records = records
+
+	var identity keycache.Identity
+	var errIdentity error
+	asked := make(chan struct{})
+	go func() {
+		defer close(asked)
+		if identity, errIdentity = n.cloud.Identity(ctx); errIdentity == nil && keys != nil {
+			keys.expect(records, identity.InstanceID, n.maps.IsOpen)
+		}
+	}()
 	scan, err := n.scan(ctx)
 	if err != nil {
 		return f, err
@@ -48,9 +50,6 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 	<-asked
 	if errIdentity == nil {
 		f.InstanceID = identity.InstanceID
-		if keys != nil {
-			keys.expect(records, identity.InstanceID, scan.Devices)
-		}
 	}
 	f.Devices = <-inspected
 	return f, errIdentity
@@ -156,14 +155,13 @@ func newKeyring(ctx context.Context, c cloud) *keyring {
 
 // expect starts Decrypt for the keys of this instance's ready volumes that are
 // not open yet.
-func (k *keyring) expect(r keycache.Records, instanceID string, devices []volumes.Device) {
+func (k *keyring) expect(r keycache.Records, instanceID string, isOpen func(mapping string) bool) {
 	for _, v := range r.Volumes {
 		rec, ok := r.Keys[v.KeyID]
 		if !ok || v.State != keycache.StateReady || v.InstanceID != instanceID || rec.InstanceID != instanceID {
 			continue
 		}
-		open := slices.ContainsFunc(devices, func(d volumes.Device) bool { _, ok := ourMapping(d, v); return ok })
-		if !open {
+		if !isOpen(v.Mapping) {
 			k.start(rec)
 		}
 	}

@@ -202,6 +202,12 @@ func (m *machine) Check(d volumes.Device) error { return m.fail("check", d.Ident
 
 func (m *machine) Ready() error { return m.fail("kernel", "") }
 
+func (m *machine) IsOpen(name string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.open[name] != ""
+}
+
 func (m *machine) Announce(name string) error { return m.fail("announce", name) }
 
 func (m *machine) Path(name string) string { return filepath.Join(m.dir, "mapper", name) }

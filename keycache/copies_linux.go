@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"unsafe"
@@ -23,6 +24,8 @@ import (
 // another goroutine takes into use between being found and being overwritten would
 // be overwritten all the same. The keys are wiped also where the search fails.
 func WipeAll(keys ...*Key) error {
+	// What is not in use any more goes back to the kernel, which gives it to nobody before it is zeroed: less is left to search.
+	debug.FreeOSMemory()
 	err := wipeCopies(keys)
 	for _, k := range keys {
 		k.Wipe()
@@ -36,6 +39,8 @@ func WipeAll(keys ...*Key) error {
 const (
 	// pieceLen is how many bytes of a key are looked for at once.
 	pieceLen = 16
+	// windowLen is the size of the smallest piece: the last of a passphrase.
+	windowLen = passphraseLen % pieceLen
 	// minDistinct is how many different bytes a piece must have to be looked for.
 	// Of 12 random ones fewer differ about once in 10^9 times; what has fewer is a
 	// test's, and stands in memory that is no copy.
@@ -44,6 +49,8 @@ const (
 	blockLen = 64 << 10
 	// formsLen is the room that the forms of one key take, in bytes.
 	formsLen = keyLen + 3*passphraseLen
+	// pairs is how many pairs of bytes there are.
+	pairs = 1 << 16
 
 	// The constants of HMAC (RFC 2104): PBKDF2 leaves the passphrase xored with
 	// each of them.
@@ -66,16 +73,19 @@ func spanOf(b []byte) span {
 // copies is one search.
 type copies struct {
 	mem, pagemap *os.File
-	pieces       [256][][]byte // what is looked for, by its first byte
+	pieces       [256][][]byte // what is looked for, by its last byte
 	spare        []span        // where it is meant to be: the keys, and scratch
 	block        []byte        // in scratch
-	zeros        [pieceLen]byte
+	// steps says how far a window of windowLen bytes that ends in a pair can go on without missing a piece; 0: one may
+	// end here. (Wu and Manber, A fast algorithm for multi-pattern searching, 1994.) In scratch: it tells of the keys.
+	steps []byte
+	zeros [pieceLen]byte
 }
 
 func wipeCopies(keys []*Key) (err error) {
 	// What is looked for and what is read are secrets too, so both are in a mapping
 	// of their own and not on the heap.
-	scratch, err := unix.Mmap(-1, 0, blockLen+len(keys)*formsLen, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	scratch, err := unix.Mmap(-1, 0, blockLen+pairs+len(keys)*formsLen, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return err
 	}
@@ -87,8 +97,11 @@ func wipeCopies(keys []*Key) (err error) {
 		return err
 	}
 
-	c := &copies{block: scratch[:blockLen], spare: []span{spanOf(scratch)}}
-	room := scratch[blockLen:]
+	c := &copies{block: scratch[:blockLen], steps: scratch[blockLen:][:pairs], spare: []span{spanOf(scratch)}}
+	for pair := range c.steps {
+		c.steps[pair] = windowLen - 1
+	}
+	room := scratch[blockLen+pairs:]
 	for _, k := range keys {
 		if k.Bytes() == nil {
 			continue
@@ -129,12 +142,22 @@ func (c *copies) lookFor(secret []byte, pad byte, room []byte) []byte {
 				distinct++
 			}
 		}
-		if distinct >= minDistinct {
-			c.pieces[piece[0]] = append(c.pieces[piece[0]], piece)
+		if distinct < minDistinct {
+			continue
+		}
+		last := piece[len(piece)-1]
+		c.pieces[last] = append(c.pieces[last], piece)
+		window := piece[len(piece)-windowLen:]
+		for end := 2; end <= windowLen; end++ {
+			step := &c.steps[pairAt(window, end)]
+			*step = min(*step, byte(windowLen-end))
 		}
 	}
 	return room
 }
+
+// pairAt is the pair of bytes before end.
+func pairAt(b []byte, end int) uint16 { return binary.NativeEndian.Uint16(b[end-2:]) }
 
 // searchAll goes through what this process can write and shares with nobody.
 func (c *copies) searchAll() error {
@@ -204,12 +227,16 @@ func (c *copies) search(s span) error {
 
 // wipeIn overwrites the pieces in a block that was read from address at.
 func (c *copies) wipeIn(block []byte, at int64) error {
-	for i, first := range block {
-		for _, piece := range c.pieces[first] {
-			if !bytes.HasPrefix(block[i:], piece) || c.isSpared(at+int64(i)) {
+	for end, step := windowLen, 0; end <= len(block); end += max(1, step) {
+		if step = int(c.steps[pairAt(block, end)]); step > 0 {
+			continue
+		}
+		for _, piece := range c.pieces[block[end-1]] {
+			from := at + int64(end-len(piece))
+			if !bytes.HasSuffix(block[:end], piece) || c.isSpared(from) {
 				continue
 			}
-			if _, err := c.mem.WriteAt(c.zeros[:len(piece)], at+int64(i)); err != nil {
+			if _, err := c.mem.WriteAt(c.zeros[:len(piece)], from); err != nil {
 				return err
 			}
 		}

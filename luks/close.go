@@ -36,6 +36,7 @@ func (dm mapper) close(ctx context.Context, name string) error {
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
 		err := dm.remove(name)
 		if err == nil {
+			dm.unlink(name)
 			return nil
 		}
 		if !errors.Is(err, unix.EBUSY) {

@@ -86,6 +86,25 @@ type Inspection struct {
 	device  string   // "major:minor" of a block device, else the path
 	checked *checked // what unsealing needs; nil where the header in use was refused
 	area    []byte   // the area of the token's keyslot; nil without a token, or without a pass
+	read    []extent // all that was read
+}
+
+// An extent is bytes of a device and where they are.
+type extent struct {
+	at   int64
+	data []byte
+}
+
+// A recorder keeps what is read through it, without a copy: who reads does not write into it.
+type recorder struct {
+	io.ReaderAt
+	read []extent
+}
+
+func (r *recorder) ReadAt(b []byte, at int64) (int, error) {
+	n, err := r.ReaderAt.ReadAt(b, at)
+	r.read = append(r.read, extent{at, b[:n]})
+	return n, err
 }
 
 // Pass reports whether the strict check has nothing against the header. It says nothing of whose header it is.
@@ -128,37 +147,51 @@ func Inspect(path string) (*Inspection, error) {
 }
 
 func inspectPath(path string) (*Inspection, error) {
-	// O_NONBLOCK: a fifo would make open wait for a writer, before it could be refused.
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	f, device, size, err := openPath(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	r := &recorder{ReaderAt: f}
+	i, err := inspect(r, size)
 	if err != nil {
 		return nil, pathCause(err)
 	}
-	defer f.Close()
+	i.Path, i.device, i.read = path, device, r.read
+	return i, nil
+}
+
+// openPath opens a device or image file for reading what is on it now, and tells which device it is, as "major:minor", and its
+// size in bytes. An image file is its path.
+func openPath(path string) (f *os.File, device string, size int64, err error) {
+	// O_NONBLOCK: a fifo would make open wait for a writer, before it could be refused.
+	f, err = os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, "", 0, pathCause(err)
+	}
+	defer func() {
+		if err != nil {
+			f.Close()
+			err = pathCause(err)
+		}
+	}()
 	// Another machine or another layer below may have written to the disk: what the page cache kept is not what is on it.
 	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
 	info, err := f.Stat()
 	if err != nil {
-		return nil, pathCause(err)
+		return nil, "", 0, err
 	}
-	device := path
+	device = path
 	switch mode := info.Mode(); {
 	case mode.IsRegular():
 	case mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0:
 		rdev := info.Sys().(*syscall.Stat_t).Rdev
 		device = fmt.Sprintf("%d:%d", unix.Major(rdev), unix.Minor(rdev))
 	default:
-		return nil, errors.New("it is neither a block device nor a regular file")
+		return nil, "", 0, errors.New("it is neither a block device nor a regular file")
 	}
-	size, err := f.Seek(0, io.SeekEnd) // also the size of a block device
-	if err != nil {
-		return nil, pathCause(err)
-	}
-	i, err := inspect(f, size)
-	if err != nil {
-		return nil, pathCause(err)
-	}
-	i.Path, i.device = path, device
-	return i, nil
+	size, err = f.Seek(0, io.SeekEnd) // also the size of a block device
+	return f, device, size, err
 }
 
 // pathCause drops the path that the os package repeats.

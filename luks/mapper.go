@@ -32,6 +32,8 @@ type mapper struct {
 	info    func(name string) (*devmapper.DeviceInfo, error)
 	targets func() ([]string, error) // known to the kernel now
 	node    func(name string) (devno uint64, ok bool)
+	link    func(name string, devno uint64) error // makes the node
+	unlink  func(name string)                     // removes the node if nothing is behind it
 }
 
 func kernelMapper() mapper {
@@ -41,6 +43,42 @@ func kernelMapper() mapper {
 		info:    devmapper.InfoByName,
 		targets: kernelTargets,
 		node:    func(name string) (uint64, bool) { return blockNumber(filepath.Join(nodeDir, name)) },
+		link:    func(name string, devno uint64) error { return linkNode(nodeDir, name, devno, blockNumber) },
+		unlink:  func(name string) { unlinkNode(nodeDir, name) },
+	}
+}
+
+// linkNode makes dir/NAME, dir being /dev/mapper, a link to the kernel's node of the mapping with a number. One that is there already stays.
+func linkNode(dir, name string, devno uint64, numberOf func(path string) (uint64, bool)) error {
+	path := filepath.Join(dir, name)
+	if number, ok := numberOf(path); ok && number == devno {
+		return nil
+	}
+	target := fmt.Sprintf("../dm-%d", unix.Minor(devno))
+	if number, ok := numberOf(filepath.Join(dir, target)); !ok || number != devno {
+		return fmt.Errorf("cannot make the node of %s: the kernel's own, %s, is not there", name, target)
+	}
+	// Over a stale one, which is there at no moment in between. udev works the same way, and may do so now.
+	temporary := filepath.Join(dir, ".#luks-kms-agent-"+name)
+	_ = os.Remove(temporary) // of a run that was killed
+	if err := os.Symlink(target, temporary); err != nil {
+		return fmt.Errorf("cannot make the node of %s: %w", name, err)
+	}
+	if err := os.Rename(temporary, path); err != nil {
+		return fmt.Errorf("cannot make the node of %s: %w", name, err)
+	}
+	return nil
+}
+
+// unlinkNode removes dir/NAME if it is a link that leads nowhere: udev does not know of a mapping that was removed before it
+// came to it.
+func unlinkNode(dir, name string) {
+	path := filepath.Join(dir, name)
+	if target, err := os.Readlink(path); err != nil || !strings.HasPrefix(target, "../dm-") {
+		return
+	}
+	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
+		_ = os.Remove(path) // udev may have been quicker
 	}
 }
 
@@ -51,6 +89,12 @@ func blockNumber(path string) (uint64, bool) {
 		return 0, false
 	}
 	return st.Rdev, true
+}
+
+// IsOpen tells whether there is a mapping NAME, whoever made it.
+func IsOpen(name string) bool {
+	_, err := kernelMapper().info(name)
+	return err == nil
 }
 
 // Announce lets udev look at a mapping again. Where the disk could not be read when the mapping was made, udev knows of no filesystem

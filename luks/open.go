@@ -22,7 +22,7 @@ const (
 	// volume's UUID and "-". It also is below DM_NAME_LEN. Longer names would be cut without an error.
 	maxName = 128 - 12 - 32 - 1
 
-	// nodeTimeout is how long udev may take for a node. It is far more than it ever needs, also at a boot under emulation.
+	// nodeTimeout is how long a node may take. It is far more than is ever needed, also at a boot under emulation.
 	nodeTimeout = time.Minute
 
 	// memoryHeader is the size of the header that luks.go is given; the smallest that LUKS2 has. Keyslot areas start at twice the
@@ -56,8 +56,9 @@ func (i *Inspection) verify(k Key) error {
 	return nil
 }
 
-// Open verifies the volume like [Inspection.Verify], checks that its header still is on the disk, maps it as /dev/mapper/NAME and waits
-// for that node, for a minute or until ctx ends. It runs no program. On an error nothing stays mapped.
+// Open verifies the volume like [Inspection.Verify], checks that its header still is on the disk, maps it as /dev/mapper/NAME and makes that
+// node, for which it tries for a minute or until ctx ends. It runs no program, and it does not wait for udev, which looks at the mapping
+// when it comes to it. On an error nothing stays mapped.
 //
 // Errors are those of Verify, [ErrBusy] (the name or the device is in use) and [ErrNoDMCrypt].
 func (i *Inspection) Open(ctx context.Context, k Key, o OpenOptions) error {
@@ -106,7 +107,7 @@ func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) 
 	if err != nil {
 		return dm.explain(err)
 	}
-	if err := dm.waitForNode(ctx, o.Name); err != nil {
+	if err := dm.makeNode(ctx, o.Name); err != nil {
 		if undo := dm.undo(o.Name); undo != nil {
 			return fmt.Errorf("%w (and the mapping could not be removed: %w)", err, undo)
 		}
@@ -118,6 +119,9 @@ func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) 
 // unchanged reads the header again. Between the inspection and the key lies an answer of KMS, so maybe minutes, in which somebody may have
 // written to the disk, or another disk have taken its name.
 func (i *Inspection) unchanged() error {
+	if same, err := i.rereads(); same || err != nil {
+		return err
+	}
 	now, err := inspectPath(i.Path)
 	switch {
 	case err != nil:
@@ -128,6 +132,33 @@ func (i *Inspection) unchanged() error {
 		return &HeaderError{i.Path, append([]string{"the header changed after it was inspected"}, now.Reasons...)}
 	}
 	return nil
+}
+
+// rereads tells whether the same device shows the same bytes as the inspection saw.
+func (i *Inspection) rereads() (same bool, err error) {
+	f, device, size, err := openPath(i.Path)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	if device != i.device || size != i.Size || len(i.read) == 0 {
+		return false, nil
+	}
+	buffer := make([]byte, 32<<10)
+	for _, e := range i.read {
+		at := e.at
+		for part := range slices.Chunk(e.data, len(buffer)) {
+			now := buffer[:len(part)]
+			if err := readFull(f, now, at); err != nil {
+				return false, err
+			}
+			if !bytes.Equal(now, part) {
+				return false, nil
+			}
+			at += int64(len(part))
+		}
+	}
+	return true, nil
 }
 
 // unseal returns the volume with its key, which the caller wipes. Everything that Verify promises is done when it returns.
@@ -259,23 +290,24 @@ func checkName(name string) error {
 	return nil
 }
 
-// waitForNode returns when udev has made the node of the mapping that is there now. It polls: udev has no better signal that
-// needs no library.
-func (dm mapper) waitForNode(ctx context.Context, name string) error {
+// makeNode makes the node of the mapping that is there now, as libdevmapper does where udev is not at work: a link to the kernel's
+// own node, the same that udev makes later. To wait for udev would take longer than all the rest.
+func (dm mapper) makeNode(ctx context.Context, name string) error {
 	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
-	for pause := 2 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		info, err := dm.info(name)
 		if err != nil {
 			return fmt.Errorf("cannot ask for the mapping: %w", err)
 		}
+		failed := dm.link(name, info.DevNo)
 		// By number: a stale node of an earlier mapping of this name may still be there.
 		if number, ok := dm.node(name); ok && number == info.DevNo {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("its node did not appear: %w", context.Cause(ctx))
+			return errors.Join(fmt.Errorf("its node did not appear: %w", context.Cause(ctx)), failed)
 		case <-time.After(pause):
 		}
 	}

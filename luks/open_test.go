@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -47,6 +48,8 @@ func fakeMapper(t *testing.T) mapper {
 		},
 		targets: func() ([]string, error) { return []string{"crypt"}, nil },
 		node:    func(string) (uint64, bool) { return 0xfd00, true },
+		link:    func(string, uint64) error { return nil },
+		unlink:  func(string) {},
 	}
 }
 
@@ -237,31 +240,38 @@ func TestOpenErrors(t *testing.T) {
 }
 
 // The node that counts is that of the mapping, not one that an earlier mapping of the name left.
-func TestOpenWaitsForTheNode(t *testing.T) {
+func TestOpenMakesTheNode(t *testing.T) {
 	t.Parallel()
 
 	i := inspected(t, volume(t))
 	dm := fakeMapper(t)
-	asked := 0
+	links := 0
 	dm.node = func(string) (uint64, bool) {
-		asked++
 		switch {
-		case asked < 3:
+		case links < 3:
 			return 0, false
-		case asked < 6:
+		case links < 6:
 			return 0xfd07, true // stale
 		}
 		return 0xfd00, true
 	}
-	if err := i.open(t.Context(), rightKey(), OpenOptions{Name: "x"}, dm); err != nil || asked != 6 {
-		t.Errorf("%v after %d", err, asked)
+	dm.link = func(name string, devno uint64) error {
+		if links++; name != "x" || devno != 0xfd00 {
+			t.Errorf("a link from %s to %#x", name, devno)
+		}
+		return nil
+	}
+	if err := i.open(t.Context(), rightKey(), OpenOptions{Name: "x"}, dm); err != nil || links != 6 {
+		t.Errorf("%v after %d", err, links)
 	}
 
 	dm = fakeMapper(t)
 	dm.node = func(string) (uint64, bool) { return 0, false }
+	broken := errors.New("no room in /dev")
+	dm.link = func(string, uint64) error { return broken }
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	if err := i.open(ctx, rightKey(), OpenOptions{Name: "x"}, dm); !errors.Is(err, context.DeadlineExceeded) {
+	if err := i.open(ctx, rightKey(), OpenOptions{Name: "x"}, dm); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, broken) {
 		t.Error(err)
 	}
 	if _, err := dm.info("x"); !errors.Is(err, unix.ENXIO) {
@@ -511,6 +521,80 @@ func TestTargetNames(t *testing.T) {
 		if n := len(targetNames(bad)); n > 1 {
 			t.Errorf("%d names", n)
 		}
+	}
+}
+
+// A node that nobody made, one of an earlier mapping, one of udev's, and what is left of a run that was killed.
+func TestLinkNode(t *testing.T) {
+	dev := t.TempDir()
+	dir := filepath.Join(dev, "mapper")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	// Files with numbers in them stand for block devices.
+	numberOf := func(path string) (uint64, bool) {
+		b, err := os.ReadFile(path)
+		n, bad := strconv.ParseUint(string(b), 0, 64)
+		return n, err == nil && bad == nil
+	}
+	node := func(name, number string) {
+		if err := os.WriteFile(filepath.Join(dev, name), []byte(number), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	leadsTo := func(name, want string) {
+		t.Helper()
+		if got, err := os.Readlink(filepath.Join(dir, name)); got != want {
+			t.Errorf("%s leads to %q, want %q (%v)", name, got, want, err)
+		}
+	}
+	link := func(name string, devno uint64) error { return linkNode(dir, name, devno, numberOf) }
+
+	if err := link("x", 0xfd03); err == nil {
+		t.Error("a link to a node that is not there")
+	}
+	leadsTo("x", "")
+	node("dm-3", "0xfd03")
+	node("dm-4", "0xfd04")
+	if err := os.Symlink("../dm-9", filepath.Join(dir, ".#luks-kms-agent-x")); err != nil {
+		t.Fatal(err)
+	}
+	for _, devno := range []uint64{0xfd03, 0xfd03, 0xfd04} {
+		if err := link("x", devno); err != nil {
+			t.Error(err)
+		}
+		leadsTo("x", fmt.Sprintf("../dm-%d", devno&0xff))
+	}
+	node("dm-5", "0xfd99")
+	if err := link("x", 0xfd05); err == nil {
+		t.Error("a link to another device")
+	}
+	leadsTo("x", "../dm-4")
+	// udev's own link may have another form.
+	if err := os.Symlink("./../dm-3", filepath.Join(dir, "y")); err != nil {
+		t.Fatal(err)
+	}
+	if err := link("y", 0xfd03); err != nil {
+		t.Error(err)
+	}
+	leadsTo("y", "./../dm-3")
+
+	unlinkNode(dir, "x")
+	leadsTo("x", "../dm-4")
+	if err := os.Remove(filepath.Join(dev, "dm-4")); err != nil {
+		t.Fatal(err)
+	}
+	unlinkNode(dir, "x")
+	leadsTo("x", "")
+	unlinkNode(dir, "x")
+	node("mapper/file", "0xfd03")
+	unlinkNode(dir, "file")
+	if _, ok := numberOf(filepath.Join(dir, "file")); !ok {
+		t.Error("what is no link was removed")
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) != 2 {
+		t.Errorf("%v is left (%v)", left, err)
 	}
 }
 

@@ -1,6 +1,7 @@
 package systemd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,7 +45,7 @@ type MountError struct {
 	// Result is systemd's job result ("failed", "timeout", "canceled", "dependency", "skipped", "assert", …), or one of
 	// this package's: "mounted" (something else is mounted at Where), "unit" (Where already has a unit: an fstab line, a
 	// unit file or a mask), "invalid" (the Mount itself), "interrupted" (the context ended), "bus" (systemd did not
-	// take the request).
+	// take the request), "kernel" (mount(2) or umount(2) failed).
 	Result string
 	Err    error // the fact behind Result; never nil
 }
@@ -56,6 +57,7 @@ const (
 	resultInvalid     = "invalid"
 	resultInterrupted = "interrupted"
 	resultBus         = "bus"
+	resultKernel      = "kernel"
 )
 
 func (e *MountError) Error() string {
@@ -69,6 +71,8 @@ func (e *MountError) Unwrap() error { return e.Err }
 
 // conn is what the manager needs of a D-Bus connection to systemd.
 type conn interface {
+	GetManagerProperty(property string) (string, error)
+	ListUnitsByPatternsContext(ctx context.Context, states, patterns []string) ([]sdbus.UnitStatus, error)
 	GetAllPropertiesContext(ctx context.Context, unit string) (map[string]any, error)
 	StartTransientUnitContext(ctx context.Context, name, mode string, properties []sdbus.Property, ch chan<- string) (int, error)
 	StartUnitContext(ctx context.Context, name, mode string, ch chan<- string) (int, error)
@@ -79,8 +83,9 @@ type conn interface {
 
 // Manager is a connection to systemd. It may be used by several goroutines at once.
 type Manager struct {
-	conn conn
-	end  context.CancelFunc
+	conn   conn
+	end    context.CancelFunc
+	direct *direct // nil: every mount is a job of systemd's
 }
 
 // Connect connects to systemd. ctx bounds the connecting only; Close ends the connection. The error is ErrNoSystemd
@@ -120,7 +125,11 @@ func connect(ctx context.Context, booted string, dial func(context.Context) (con
 		}
 		return nil, fmt.Errorf("cannot connect to systemd: %w: %w", ErrNoSystemd, err)
 	}
-	return &Manager{conn: c, end: end}, nil
+	m := &Manager{conn: c, end: end, direct: newDirect(c)}
+	if m.direct != nil {
+		go func() { _, _ = m.direct.loaded() }() // the first mount will want to know
+	}
+	return m, nil
 }
 
 // Close ends the connection. Mounts stay.
@@ -129,7 +138,8 @@ func (m *Manager) Close() {
 	m.end()
 }
 
-// StartMount makes the mount and waits until systemd says that it stands, or ctx ends. The same device already mounted
+// StartMount makes the mount and returns when it stands, or ctx ends: with mount(2) where systemd knows nothing of the mount
+// point, else by a job of systemd's. The same device already mounted
 // there with the same type is success, whoever mounted it; options are not compared, because the kernel reports more than
 // were asked for. Every other error is a *MountError.
 func (m *Manager) StartMount(ctx context.Context, mnt Mount) error {
@@ -139,7 +149,15 @@ func (m *Manager) StartMount(ctx context.Context, mnt Mount) error {
 	if err := mnt.check(); err != nil {
 		return fail(resultInvalid, err)
 	}
+	if err := ctx.Err(); err != nil {
+		return fail(resultInterrupted, err)
+	}
 	name := unitName(mnt.Where)
+	if taken, err := m.direct.try(name, mnt); err != nil {
+		return fail(resultKernel, err)
+	} else if taken {
+		return nil
+	}
 	u, err := m.load(ctx, name)
 	if err != nil {
 		return fail(requestResult(ctx), err)
@@ -198,21 +216,27 @@ func (m *Manager) StopMount(ctx context.Context, where string) error {
 	if err != nil {
 		return fail(requestResult(ctx), err)
 	}
-	if u.active == "inactive" || u.active == "failed" {
+	stopped := func() error {
+		if err := m.direct.stop(where, name); err != nil {
+			return fail(resultKernel, err)
+		}
 		return nil
+	}
+	if u.active == "inactive" || u.active == "failed" {
+		return stopped()
 	}
 	done := make(chan string, 1)
 	// Mode "replace", as systemctl stop: the one who asks to unmount means it. A shutdown's jobs cannot be replaced.
 	if _, err := m.conn.StopUnitContext(ctx, name, "replace", done); err != nil {
 		if isBusError(err, "NoSuchUnit") { // unmounted since we looked
-			return nil
+			return stopped()
 		}
 		return fail(requestResult(ctx), err)
 	}
 	if result, err := m.wait(ctx, name, done); err != nil {
 		return fail(result, err)
 	}
-	return nil
+	return stopped()
 }
 
 // wait waits for the end of a job: nil where it is done, else the result and the fact behind it.
@@ -316,18 +340,24 @@ func checkPath(p string) error {
 // unitName is the name that systemd gives the mount unit of a mount point.
 func unitName(where string) string { return unit.UnitNamePathEscape(where) + ".mount" }
 
+// description is one line of a unit file, whatever a disk calls itself: a backslash at the end would continue it.
+func (mnt Mount) description() string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || r == '\\' {
+			return '?'
+		}
+		return r
+	}, cmp.Or(mnt.Description, "Encrypted volume on "+mnt.Where))
+}
+
 // properties are those of the transient unit. Names and types: org.freedesktop.systemd1(5), Mount Unit Objects and
 // Unit Objects; the package doc says why the order is what it is.
 func (mnt Mount) properties() []sdbus.Property {
-	description := mnt.Description
-	if description == "" {
-		description = "Encrypted volume on " + mnt.Where
-	}
 	property := func(name string, value any) sdbus.Property {
 		return sdbus.Property{Name: name, Value: dbus.MakeVariant(value)}
 	}
 	p := []sdbus.Property{
-		sdbus.PropDescription(description),
+		sdbus.PropDescription(mnt.description()),
 		property("DefaultDependencies", false),
 		sdbus.PropBefore(target, umountTarget),
 		sdbus.PropConflicts(umountTarget),

@@ -26,9 +26,28 @@ type manager struct {
 	sent   map[string]any
 	modes  []string
 	closed bool
+
+	version string // as over D-Bus: with quotes
 }
 
 func newManager() *manager { return &manager{units: map[string]map[string]any{}, result: "done"} }
+
+func (m *manager) GetManagerProperty(property string) (string, error) {
+	if m.version == "" || property != "Version" {
+		return "", errors.Join(errors.New("no such property"), m.err)
+	}
+	return m.version, m.err
+}
+
+func (m *manager) ListUnitsByPatternsContext(_ context.Context, _, patterns []string) ([]sdbus.UnitStatus, error) {
+	var units []sdbus.UnitStatus
+	for name := range m.units {
+		if ok, _ := filepath.Match(patterns[0], name); ok {
+			units = append(units, sdbus.UnitStatus{Name: name})
+		}
+	}
+	return units, m.err
+}
 
 func (m *manager) GetAllPropertiesContext(ctx context.Context, name string) (map[string]any, error) {
 	if err := errors.Join(ctx.Err(), m.err); err != nil {

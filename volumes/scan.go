@@ -131,15 +131,17 @@ func (s Scanner) Scan(ctx context.Context) (Scan, error) {
 	slices.SortFunc(disks, func(a, b *node) int { return naturalCompare(a.name, b.name) })
 
 	var scan Scan
-	for _, n := range disks {
-		if err := ctx.Err(); err != nil {
-			return Scan{}, fmt.Errorf("cannot scan block devices: %w", err)
+	scan.Devices = make([]Device, len(disks))
+	errs := make([]error, len(disks))
+	inParallel(len(disks), func(i int) {
+		if errs[i] = ctx.Err(); errs[i] == nil {
+			scan.Devices[i], errs[i] = t.device(disks[i], s.Ephemeral)
 		}
-		d, err := t.device(n, s.Ephemeral)
+	})
+	for _, err := range errs {
 		if err != nil {
 			return Scan{}, fmt.Errorf("cannot scan block devices: %w", err)
 		}
-		scan.Devices = append(scan.Devices, d)
 	}
 	if scan.Missing, err = t.name(scan.Devices, s.Named); err != nil {
 		return Scan{}, fmt.Errorf("cannot scan block devices: %w", err)

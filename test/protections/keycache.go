@@ -375,9 +375,9 @@ func inKeycache() []protection {
 		}, everyCopy},
 		{"a copy that lies where two blocks meet is wiped", []edit{{copies, "at += blockLen - pieceLen", "at += blockLen"}}, everyCopy},
 		{"what is looked for is not overwritten before all of it is found", []edit{
-			{copies, " || c.isSpared(at+int64(i))", ""},
+			{copies, " || c.isSpared(from)", ""},
 		}, everyCopy},
-		{"memory that is no copy is not overwritten", []edit{{copies, "if distinct >= minDistinct {", "if true {"}}, everyCopy},
+		{"memory that is no copy is not overwritten", []edit{{copies, "if distinct < minDistinct {", "if false {"}}, everyCopy},
 		{"what a call and the hashes leave of a key in memory is wiped", []edit{
 			{copies, "return c.searchAll()", "return nil"},
 		}, "./keycache TestWipeAllLeavesNothingOfACall"},

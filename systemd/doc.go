@@ -1,9 +1,10 @@
-// Package systemd is the agent's side of the service manager: it tells systemd how the run goes (sd_notify) and asks it
-// to mount and unmount (transient mount units over D-Bus). The unit files luks-kms-agent.service and
+// Package systemd is the agent's side of the service manager: it tells systemd how the run goes (sd_notify), and mounts and
+// unmounts so that systemd orders it. The unit files luks-kms-agent.service and
 // luks-kms-agent.target lie beside it.
 //
-// The agent never calls mount(2). A mount made by systemd lands in the host's mount namespace whatever sandbox the agent
-// runs in, has a unit that consumers can name in RequiresMountsFor=, and is taken down in order at shutdown.
+// A mount is mount(2), and a drop-in for the unit that systemd makes of it. Where systemd knows something of the mount point already, or
+// the agent is in a mount namespace of its own, it is a transient mount unit over D-Bus. In both cases the mount is in the host's
+// namespace, has a unit that consumers can name in RequiresMountsFor=, and is taken down in order at shutdown.
 //
 // # Order of a mount unit
 //

@@ -3,14 +3,35 @@ package main
 // The unit files are no Go: what protects there is kept by TestServiceKeepsTheDesign, which cannot be tried here.
 func inSystemd() []protection {
 	const (
+		direct = "systemd/direct.go"
 		mount  = "systemd/mount.go"
 		notify = "systemd/notify.go"
 
 		makes     = "./systemd TestStartMountMakesATransientUnit"
 		occupied  = "./systemd TestStartMountWhereSomethingIs"
 		malformed = "./systemd TestMountIsChecked"
+		without   = "./systemd TestMountWithoutAJob"
+		known     = "./systemd TestSystemdMountsWhatItKnows/"
 	)
 	return []protection{
+		one("what systemd has a unit for is not mounted past it",
+			direct, `err != nil || known[name] {`, `err != nil {`, known+"a unit in memory"),
+		one("what a unit file masks or defines is not mounted past it",
+			direct, `range d.units {`, `range d.units[:0] {`, known+"a mask"),
+		one("nothing is mounted through a symbolic link",
+			direct, `err != nil || real != mnt.Where {`, `err != nil || real == "" {`, known+"a symbolic link"),
+		one("nothing is mounted over a mount",
+			direct, `d.mounted(mnt.Where); err != nil || mounted {`, `d.mounted(mnt.Where); err != nil || mounted && false {`, known+"something mounted"),
+		one("a systemd that would not read the drop-in mounts by itself",
+			direct, `version < leastVersion {`, `version < 1 {`, known+"old systemd"),
+		one("a mount of our own stands before consumers start, and until they have stopped",
+			direct, `target, umountTarget, umountTarget)`, `umountTarget, umountTarget, umountTarget)`, without),
+		one("the umask does not close mount points",
+			direct, `return os.Chmod(path, os.FileMode(directoryMode))`, `return nil`, without),
+		one("what a disk calls itself adds no line to a unit",
+			mount, `if r < ' ' || r == 0x7f || r == '\\' {`, `if false {`, without),
+		one("what systemd does not know of yet is unmounted too",
+			direct, `err = d.unmount(where)`, ``, without),
 		{"a new mount pushes no other job out", []edit{
 			{mount, `m.conn.StartTransientUnitContext(ctx, name, "fail",`, `m.conn.StartTransientUnitContext(ctx, name, "replace",`},
 		}, makes},

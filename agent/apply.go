@@ -45,6 +45,7 @@ type applier struct {
 
 	formatReady error // why nothing can be formatted: a program is missing
 	mapReady    error // why nothing can be mapped: the kernel cannot
+	places      map[string]place
 
 	mu      sync.Mutex
 	newKeys map[string]*newKey // by scope: "" for the node, or a device path
@@ -66,7 +67,7 @@ func (n *Node) apply(ctx context.Context, store *keycache.Store, f Facts, p Plan
 	defer disconnect()
 	a := &applier{
 		Node: n, store: store, records: f.Records, keys: keys,
-		mounter: connect,
+		mounter: connect, places: places(p),
 		newKeys: map[string]*newKey{}, adopted: map[string]string{},
 	}
 	a.checkMeans(ctx, p)
@@ -329,6 +330,8 @@ func (a *applier) formattedByUs(ctx context.Context, act Action, mapping string)
 // unlock opens a ready volume and mounts it. It writes to the disk only where the
 // primary header is damaged and has to be restored.
 func (a *applier) unlock(ctx context.Context, act *Action) error {
+	place := a.places[act.Volume.UUID]
+	defer place.leave()
 	if a.mapReady != nil {
 		return a.mapReady
 	}
@@ -337,7 +340,9 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 	if err != nil {
 		return err
 	}
-	if err := a.open(ctx, *act, key); err != nil {
+	options := a.openOptions(*act)
+	options.Loaded = func() { place.wait(longestWait) }
+	if err := a.open(ctx, *act, key, options); err != nil {
 		return err
 	}
 	v := &act.Volume
@@ -351,7 +356,7 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 }
 
 // open maps a volume that was inspected, if it still is on the disk that was seen.
-func (a *applier) open(ctx context.Context, act Action, key *keycache.Key) (err error) {
+func (a *applier) open(ctx context.Context, act Action, key *keycache.Key, options luks.OpenOptions) (err error) {
 	header := act.Device.Header
 	if header.PrimaryDamaged {
 		if header, err = a.restoreHeader(ctx, act, key); err != nil {
@@ -361,7 +366,7 @@ func (a *applier) open(ctx context.Context, act Action, key *keycache.Key) (err 
 	if err := a.disks.Check(act.Device.Device); err != nil {
 		return err
 	}
-	return a.maps.Open(ctx, header, key, a.openOptions(act))
+	return a.maps.Open(ctx, header, key, options)
 }
 
 // restoreHeader writes the secondary header over a damaged primary one, after the
@@ -399,7 +404,7 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	}
 	v := &act.Volume
 	v.KeyID, v.Mapping = rec.ID, "luks-"+v.UUID
-	if err := a.open(ctx, *act, key); err != nil {
+	if err := a.open(ctx, *act, key, a.openOptions(*act)); err != nil {
 		return err
 	}
 	content, err := volumes.Filesystem(ctx, a.maps.Path(v.Mapping))

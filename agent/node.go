@@ -45,6 +45,8 @@ type mapper interface {
 	// Open verifies the header and the key, and maps the volume.
 	Open(context.Context, *luks.Inspection, luks.Key, luks.OpenOptions) error
 	Close(ctx context.Context, name string) error
+	// CloseUnfinished removes a mapping that a killed run left without a table in use.
+	CloseUnfinished(ctx context.Context, name string) error
 	// IsOpen tells whether there is a mapping of that name.
 	IsOpen(name string) bool
 	// Announce lets systemd look at an open mapping again, before it is mounted.
@@ -140,6 +142,10 @@ func (kernelMapper) Open(ctx context.Context, i *luks.Inspection, k luks.Key, o 
 func (kernelMapper) Path(name string) string { return "/dev/mapper/" + name }
 
 func (kernelMapper) Close(ctx context.Context, name string) error { return luks.Close(ctx, name) }
+
+func (kernelMapper) CloseUnfinished(ctx context.Context, name string) error {
+	return luks.CloseUnfinished(ctx, name)
+}
 
 func (kernelMapper) IsOpen(name string) bool { return luks.IsOpen(name) }
 

@@ -7,6 +7,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
+
+	"go.uber.org/zap"
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
@@ -26,6 +29,9 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 		return f, err
 	}
 	f.Records = records
+	if keys != nil {
+		n.closeUnfinished(ctx, records)
+	}
 
 	var identity keycache.Identity
 	var errIdentity error
@@ -53,6 +59,17 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 	}
 	f.Devices = <-inspected
 	return f, errIdentity
+}
+
+// closeUnfinished removes what a run that was killed left between loading a table and using it. It would be taken for an open volume.
+func (n *Node) closeUnfinished(ctx context.Context, records keycache.Records) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	for _, v := range records.Volumes {
+		if err := n.maps.CloseUnfinished(ctx, v.Mapping); err != nil {
+			n.log.Warn("a mapping without a table stays", zap.Error(err))
+		}
+	}
 }
 
 // scan lists the disks. Only where there are Xen disks does IMDS have to say

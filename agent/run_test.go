@@ -44,9 +44,10 @@ type machine struct {
 	errScan error
 	held    map[string]bool
 
-	mu     sync.Mutex
-	open   map[string]string // mapping name -> device path
-	mounts map[string]string // mount point -> mapping path
+	mu         sync.Mutex
+	open       map[string]string // mapping name -> device path
+	unfinished map[string]bool   // of these, those without a table in use
+	mounts     map[string]string // mount point -> mapping path
 	// last is what the last sector of a new mapping begins with; the rest of both its
 	// ends is noise without a signature.
 	last string
@@ -59,7 +60,7 @@ func newMachine(t *testing.T) *machine {
 	t.Parallel()
 	m := &machine{
 		t: t, dir: t.TempDir(), kms: kmstest.NewKMS(t), imds: kmstest.NewIMDS(t),
-		open: map[string]string{}, mounts: map[string]string{}, held: map[string]bool{},
+		open: map[string]string{}, unfinished: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{},
 		fail: func(string, string) error { return nil },
 	}
 	m.cfg = defaultConfig("config.yaml")
@@ -202,6 +203,16 @@ func (m *machine) Check(d volumes.Device) error { return m.fail("check", d.Ident
 
 func (m *machine) Ready() error { return m.fail("kernel", "") }
 
+func (m *machine) CloseUnfinished(_ context.Context, name string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.unfinished[name] {
+		delete(m.unfinished, name)
+		delete(m.open, name)
+	}
+	return nil
+}
+
 func (m *machine) IsOpen(name string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -241,11 +252,14 @@ func (m *machine) Open(_ context.Context, i *luks.Inspection, k luks.Key, o luks
 			return err
 		}
 	}
-	if err := os.Symlink(plain, m.Path(o.Name)); err != nil {
-		return err
+	m.open[o.Name], m.unfinished[o.Name] = i.Path, true
+	if o.Loaded != nil {
+		m.mu.Unlock()
+		o.Loaded()
+		m.mu.Lock()
 	}
-	m.open[o.Name] = i.Path
-	return nil
+	delete(m.unfinished, o.Name)
+	return os.Symlink(plain, m.Path(o.Name))
 }
 
 // noise makes what a mapping under a new key shows: no zeros.
@@ -701,6 +715,74 @@ func TestAnotherDiskAtTheSamePathIsNotOpened(t *testing.T) {
 	m.fail = failing("check", "vol-1")
 	if errs := m.run().Failures(); len(errs) != 1 || len(m.open) != 1 || len(m.mounts) != 1 {
 		t.Errorf("%v; open: %v, mounted: %v", errs, m.open, m.mounts)
+	}
+}
+
+// TestVolumesGoLiveTogether: no volume is to be seen before the last has its table, so that udev does not look at the first meanwhile.
+func TestVolumesGoLiveTogether(t *testing.T) {
+	m := newMachine(t)
+	for i := range 6 {
+		m.disk(volumes.ClassEBS, fmt.Sprint("vol-", i))
+	}
+	m.runOK()
+	m.reboot()
+	var mu sync.Mutex
+	opening, early := 0, 0
+	m.fail = func(step, _ string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		switch step {
+		case "open":
+			opening++
+		case "mount":
+			if opening < 6 {
+				early++
+			}
+		}
+		return nil
+	}
+	m.runOK()
+	if opening != 6 || early != 0 || len(m.mounts) != 6 {
+		t.Errorf("%d opened, %d mounted before the last was, %d mounted", opening, early, len(m.mounts))
+	}
+}
+
+// TestNobodyWaitsLongForASickDisk: a volume goes live also where another one stays on its way, but not at once.
+func TestNobodyWaitsLongForASickDisk(t *testing.T) {
+	var r rendezvous
+	sick, healthy := r.enter(), r.enter()
+	healthy.wait(time.Millisecond) // the limit
+	live := make(chan struct{})
+	go func() {
+		defer close(live)
+		healthy.wait(time.Hour)
+	}()
+	select {
+	case <-live:
+		t.Error("it did not wait for a volume on its way")
+	case <-time.After(20 * time.Millisecond):
+	}
+	sick.leave()
+	<-live
+}
+
+// TestMappingWithoutATableIsMadeAnew: a run that was killed between loading a table and using it leaves a mapping that shows nothing.
+func TestMappingWithoutATableIsMadeAnew(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.reboot()
+	n := m.node()
+	records := m.records()
+	for _, v := range records.Volumes {
+		m.open[v.Mapping], m.unfinished[v.Mapping] = m.devices[0].Path, true
+	}
+	if plan, err := n.Plan(t.Context()); err != nil || len(m.unfinished) != 1 {
+		t.Errorf("plan changed something: %v %v", plan, err)
+	}
+	m.runOK()
+	if len(m.mounts) != 1 || len(m.unfinished) != 0 {
+		t.Errorf("mounted: %v, unfinished: %v", m.mounts, m.unfinished)
 	}
 }
 

@@ -93,13 +93,17 @@ func unjudged(t *testing.T, path string) *Inspection {
 	}
 	c := &checked{uuid: string(trimNUL(b[offUUID : offUUID+lenUUID])), segment: m.Segments["0"], digestID: "0", digest: m.Digests["0"],
 		token: token, slot: m.Keyslots["0"], areaOffset: KeyslotsOffset}
+	area, err := copyArea(bytes.NewReader(b), KeyslotsOffset)
+	if err != nil {
+		t.Fatal(err)
+	}
 	c.offset, _ = number(c.segment.Offset)
 	c.length = imageSize - c.offset
 	if n, ok := number(c.segment.Size); ok {
 		c.length = n
 	}
 	return &Inspection{Path: path, Size: imageSize, Kind: KindLUKS2, Ours: true, Header: &Header{Token: token},
-		device: path, checked: c, area: b[KeyslotsOffset : KeyslotsOffset+areaBytes]}
+		device: path, checked: c, area: area}
 }
 
 // A person adds slots, removes one of them, and changes priorities and names, all with cryptsetup. The volume still opens.

@@ -25,6 +25,23 @@ func Close(ctx context.Context, name string) error {
 	return nil
 }
 
+// CloseUnfinished removes the mapping NAME if it is one of a LUKS2 volume that [Inspection.Open] was killed over: the kernel has a table, or not
+// even that, and nobody ever saw a volume. No such mapping is no error.
+func CloseUnfinished(ctx context.Context, name string) error {
+	if err := kernelMapper().closeUnfinished(ctx, name); err != nil {
+		return fmt.Errorf("cannot close the unfinished %s: %w", name, err)
+	}
+	return nil
+}
+
+func (dm mapper) closeUnfinished(ctx context.Context, name string) error {
+	info, err := dm.info(name)
+	if err != nil || info.Flags&unix.DM_ACTIVE_PRESENT_FLAG != 0 || !strings.HasPrefix(info.UUID, uuidPrefix) {
+		return nil
+	}
+	return dm.close(ctx, name)
+}
+
 func (dm mapper) close(ctx context.Context, name string) error {
 	info, err := dm.info(name)
 	if err != nil {

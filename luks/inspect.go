@@ -85,8 +85,8 @@ type Inspection struct {
 
 	device  string   // "major:minor" of a block device, else the path
 	checked *checked // what unsealing needs; nil where the header in use was refused
-	area    []byte   // the area of the token's keyslot; nil without a token, or without a pass
-	read    []extent // all that was read
+	area    *os.File // in memory, what was read of the area of the token's keyslot, at its offset; nil without a token, or without a pass
+	read    []extent // what else was read
 }
 
 // An extent is bytes of a device and where they are.
@@ -152,12 +152,11 @@ func inspectPath(path string) (*Inspection, error) {
 		return nil, err
 	}
 	defer f.Close()
-	r := &recorder{ReaderAt: f}
-	i, err := inspect(r, size)
+	i, err := inspect(f, size)
 	if err != nil {
 		return nil, pathCause(err)
 	}
-	i.Path, i.device, i.read = path, device, r.read
+	i.Path, i.device = path, device
 	return i, nil
 }
 
@@ -204,7 +203,59 @@ func pathCause(err error) error {
 }
 
 // inspect is Inspect without the opening.
-func inspect(r io.ReaderAt, size int64) (*Inspection, error) {
+func inspect(disk io.ReaderAt, size int64) (*Inspection, error) {
+	r := &recorder{ReaderAt: disk}
+	i, err := inspectHeader(r, size)
+	if err != nil {
+		return nil, err
+	}
+	i.read = r.read
+	if i.Pass() && i.checked.token != nil {
+		// Read now, by the same open file: unsealing touches the disk no more.
+		if i.area, err = copyArea(disk, i.checked.areaOffset); err != nil {
+			return nil, err
+		}
+	}
+	return i, nil
+}
+
+// copyArea reads the area of a keyslot into a file in memory that nobody else can write, at its offset. There luks.go finds it, and
+// with many volumes it does not count as memory of the process, which is locked.
+func copyArea(disk io.ReaderAt, offset int64) (*os.File, error) {
+	fd, err := unix.MemfdCreate("luks-header", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	area := os.NewFile(uintptr(fd), "luks-header") // closed when it is garbage
+	piece := make([]byte, areaPiece)
+	for at := offset; at < offset+areaBytes; at += areaPiece {
+		err := readFull(disk, piece, at)
+		if err == nil {
+			_, err = area.WriteAt(piece, at)
+		}
+		if err != nil {
+			area.Close()
+			return nil, err
+		}
+	}
+	return area, nil
+}
+
+// areaPiece divides the bytes of an area.
+const areaPiece = areaBytes / 8
+
+// sameArea tells whether two disks, or copies of one, have the same bytes in the area at an offset.
+func sameArea(a, b io.ReaderAt, offset int64) (bool, error) {
+	pieceA, pieceB := make([]byte, areaPiece), make([]byte, areaPiece)
+	for at := offset; at < offset+areaBytes; at += areaPiece {
+		if err := errors.Join(readFull(a, pieceA, at), readFull(b, pieceB, at)); err != nil || !bytes.Equal(pieceA, pieceB) {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+func inspectHeader(r io.ReaderAt, size int64) (*Inspection, error) {
 	i := &Inspection{Size: size, Kind: KindNone}
 
 	primary, magic, why, err := readCopy(r, size, 0)
@@ -296,13 +347,6 @@ func inspect(r io.ReaderAt, size int64) (*Inspection, error) {
 		}
 	}
 	i.Reasons = reasons
-	if i.Pass() && i.checked.token != nil {
-		// Read now, by the same open file: unsealing touches the disk no more.
-		i.area = make([]byte, areaBytes)
-		if err := readFull(r, i.area, i.checked.areaOffset); err != nil {
-			return nil, err
-		}
-	}
 	return i, nil
 }
 

@@ -27,7 +27,8 @@ const (
 
 // A mapper is the few things of the kernel and udev that opening and closing need. Tests bring their own, everything else has kernelMapper.
 type mapper struct {
-	create  func(v *luksgo.Volume, name string) error
+	create  func(v *luksgo.Volume, name string) error // with its table loaded, and not in use yet
+	resume  func(name string) error
 	remove  func(name string) error
 	info    func(name string) (*devmapper.DeviceInfo, error)
 	targets func() ([]string, error) // known to the kernel now
@@ -39,6 +40,7 @@ type mapper struct {
 func kernelMapper() mapper {
 	return mapper{
 		create:  createMapping,
+		resume:  resumeMapping,
 		remove:  luksgo.Lock,
 		info:    devmapper.InfoByName,
 		targets: kernelTargets,

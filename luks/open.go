@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"runtime"
 	"slices"
 	"strconv"
 	"time"
@@ -34,6 +35,9 @@ const (
 type OpenOptions struct {
 	Name         string // of the mapping: 1 to 83 of A-Z a-z 0-9 # + - . : = @ _
 	NoWorkqueues bool   // no_read_workqueue and no_write_workqueue, where the kernel has them (Linux 5.9)
+	// Loaded, if it is there, is called when the kernel has the key and the table. Until it returns the volume is not to be seen, and
+	// udev does not look at it: who opens several may have udev wait for the last.
+	Loaded func()
 }
 
 // Verify unseals the slot that our token names and checks the token's MAC. It maps nothing, and it reads nothing more from the disk.
@@ -104,7 +108,14 @@ func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) 
 		v.Flags = slices.Clone(i.checked.flags)
 		err = dm.create(v, o.Name)
 	}
+	wipe(v)
 	if err != nil {
+		return dm.explain(err)
+	}
+	if o.Loaded != nil {
+		o.Loaded()
+	}
+	if err := dm.resume(o.Name); err != nil {
 		return dm.explain(err)
 	}
 	if err := dm.makeNode(ctx, o.Name); err != nil {
@@ -144,21 +155,13 @@ func (i *Inspection) rereads() (same bool, err error) {
 	if device != i.device || size != i.Size || len(i.read) == 0 {
 		return false, nil
 	}
-	buffer := make([]byte, 32<<10)
 	for _, e := range i.read {
-		at := e.at
-		for part := range slices.Chunk(e.data, len(buffer)) {
-			now := buffer[:len(part)]
-			if err := readFull(f, now, at); err != nil {
-				return false, err
-			}
-			if !bytes.Equal(now, part) {
-				return false, nil
-			}
-			at += int64(len(part))
+		now := make([]byte, len(e.data))
+		if err := readFull(f, now, e.at); err != nil || !bytes.Equal(now, e.data) {
+			return false, err
 		}
 	}
-	return true, nil
+	return sameArea(f, i.area, i.checked.areaOffset)
 }
 
 // unseal returns the volume with its key, which the caller wipes. Everything that Verify promises is done when it returns.
@@ -197,9 +200,12 @@ func (i *Inspection) unseal(k Key) (*luksgo.Volume, error) {
 	return v, nil
 }
 
+// unsealing has a place for each processor: unsealing is computing, and more of it at a time only takes more memory.
+var unsealing = make(chan struct{}, runtime.GOMAXPROCS(0))
+
 // unsealInMemory lets luks.go unseal a header that is made here from judged values: one keyslot, its digest, one segment, no token.
-// The keyslot's area keeps its offset. What luks.go reads is a file in memory that nobody else can write.
-func (c *checked) unsealInMemory(area []byte, k Key) (v *luksgo.Volume, err error) {
+// It is written in front of the keyslot's area, which keeps its offset.
+func (c *checked) unsealInMemory(area *os.File, k Key) (v *luksgo.Volume, err error) {
 	slot := strconv.Itoa(c.token.Keyslot)
 	digest := c.digest
 	digest.Keyslots = []string{slot}
@@ -221,27 +227,20 @@ func (c *checked) unsealInMemory(area []byte, k Key) (v *luksgo.Volume, err erro
 		return nil, err
 	}
 
-	fd, err := unix.MemfdCreate("luks-header", unix.MFD_CLOEXEC)
-	if err != nil {
-		return nil, os.NewSyscallError("memfd_create", err)
-	}
-	f := os.NewFile(uintptr(fd), "luks-header")
-	defer f.Close()
-	if _, err := f.WriteAt(header, 0); err != nil {
-		return nil, err
-	}
-	if _, err := f.WriteAt(area, c.areaOffset); err != nil {
+	if _, err := area.WriteAt(header, 0); err != nil {
 		return nil, err
 	}
 
 	// The strict check leaves nothing that is known to make luks.go panic. If there is something, it costs this volume, not the
 	// process, which opens others at the same time.
+	unsealing <- struct{}{}
+	defer func() { <-unsealing }()
 	defer func() {
 		if p := recover(); p != nil {
 			v, err = nil, fmt.Errorf("luks.go panicked: %v", p)
 		}
 	}()
-	d, err := luksgo.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
+	d, err := luksgo.Open(fmt.Sprintf("/proc/self/fd/%d", area.Fd()))
 	if err != nil {
 		return nil, err
 	}

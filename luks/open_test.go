@@ -33,6 +33,7 @@ func fakeMapper(t *testing.T) mapper {
 			mapped[name] = true
 			return nil
 		},
+		resume: func(string) error { return nil },
 		remove: func(name string) error {
 			if !mapped[name] {
 				return os.NewSyscallError("dm ioctl", unix.ENXIO)
@@ -602,6 +603,67 @@ func TestBlockNumber(t *testing.T) {
 	for _, path := range []string{t.TempDir(), "/dev/null", "/none"} {
 		if _, ok := blockNumber(path); ok {
 			t.Errorf("%s is a block device", path)
+		}
+	}
+}
+
+// TestLoadedIsBeforeUse: who opens several volumes has the time between the table and its use, in which no key is kept for them.
+func TestLoadedIsBeforeUse(t *testing.T) {
+	var steps []string
+	var key []byte
+	dm := fakeMapper(t)
+	create := dm.create
+	dm.create = func(v *volumeType, name string) error {
+		steps, key = append(steps, "create"), volumeKey(v)
+		return create(v, name)
+	}
+	dm.resume = func(string) error {
+		steps = append(steps, "resume")
+		return nil
+	}
+	loaded := func() {
+		steps = append(steps, "loaded")
+		if !bytes.Equal(key, make([]byte, 64)) {
+			t.Error("the volume key is kept while others are waited for")
+		}
+	}
+	i := inspected(t, volume(t))
+	if err := i.open(t.Context(), rightKey(), OpenOptions{Name: "x", Loaded: loaded}, dm); err != nil || !slices.Equal(steps, []string{"create", "loaded", "resume"}) {
+		t.Errorf("%v, in the order %q", err, steps)
+	}
+	if err := i.open(t.Context(), keyOf(1), OpenOptions{Name: "y", Loaded: loaded}, dm); !errors.Is(err, ErrWrongKey) || len(steps) != 3 {
+		t.Errorf("%v, in the order %q", err, steps)
+	}
+}
+
+// TestCloseUnfinished: only a mapping of LUKS2 without a table in use is one that a killed run left.
+func TestCloseUnfinished(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		uuid   string
+		flags  uint32
+		err    error
+		closed bool
+	}{
+		{name: "a table that is loaded", uuid: "CRYPT-LUKS2-x-y", flags: unix.DM_SUSPEND_FLAG | unix.DM_INACTIVE_PRESENT_FLAG, closed: true},
+		{name: "no table", uuid: "CRYPT-LUKS2-x-y", closed: true},
+		{name: "open", uuid: "CRYPT-LUKS2-x-y", flags: unix.DM_ACTIVE_PRESENT_FLAG},
+		{name: "suspended", uuid: "CRYPT-LUKS2-x-y", flags: unix.DM_ACTIVE_PRESENT_FLAG | unix.DM_SUSPEND_FLAG},
+		{name: "open, with another table loaded", uuid: "CRYPT-LUKS2-x-y", flags: unix.DM_ACTIVE_PRESENT_FLAG | unix.DM_INACTIVE_PRESENT_FLAG},
+		{name: "another's", uuid: "LVM-x"},
+		{name: "none", err: os.NewSyscallError("dm ioctl", unix.ENXIO)},
+	} {
+		dm := fakeMapper(t)
+		dm.info = func(name string) (*devmapper.DeviceInfo, error) {
+			return &devmapper.DeviceInfo{Name: name, UUID: test.uuid, Flags: test.flags}, test.err
+		}
+		closed := false
+		dm.remove = func(string) error {
+			closed = true
+			return nil
+		}
+		if err := dm.closeUnfinished(t.Context(), "y"); err != nil || closed != test.closed {
+			t.Errorf("%s: %v, closed: %v", test.name, err, closed)
 		}
 	}
 }

@@ -117,7 +117,7 @@ func TestHostileHeaders(t *testing.T) {
 		}},
 
 		{"data inside the header", "inside the header", func(m tree) { seg(m)["offset"] = "4096" }},
-		{"data inside the keyslots", "inside the header", func(m tree) { seg(m)["offset"] = fmt.Sprint(16<<20 - 4096) }},
+		{"data inside the keyslots", "inside the header", func(m tree) { seg(m)["offset"] = fmt.Sprint(KeyslotsOffset + keyslotsSize - 4096) }},
 		{"data at 0", "inside the header", func(m tree) { seg(m)["offset"] = "0" }},
 		{"data not aligned", "is not a multiple of 4096", func(m tree) { seg(m)["offset"] = fmt.Sprint(16<<20 + 512) }},
 		{"data behind the device", "is not on the device", func(m tree) { seg(m)["offset"] = fmt.Sprint(imageSize) }},

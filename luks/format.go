@@ -14,8 +14,12 @@ import (
 const DataOffset = 16 << 20
 
 // KeyslotsOffset is where the key slots start in what Format makes, bytes: behind two header copies of 16 KiB each, cryptsetup's
-// default. luksFormat fills the area from here to the data with noise before it writes a header.
+// default. luksFormat fills the key slots' room with noise, and what is behind with zeros, before it writes a header.
 const KeyslotsOffset = 32 << 10
+
+// keyslotsSize is the room for key slots in what Format makes, bytes: eight of 252 KiB, as LUKS1 has. luksFormat fills it with noise, which
+// with cryptsetup's default, all up to DataOffset, is half of what it writes.
+const keyslotsSize = 2 << 20
 
 // FormatOptions says what a new header carries.
 type FormatOptions struct {

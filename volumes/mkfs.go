@@ -18,11 +18,15 @@ var maxLabel = map[string]int{"xfs": 12, "ext4": 16}
 // ErrNotEmpty marks a device that carries a signature where it must not.
 var ErrNotEmpty = errors.New("it is not empty")
 
-// endLength is how much of each end [ZeroEnds] clears, in bytes: more than how far from either end blkid looks for a signature. The furthest
-// of libblkid/src/superblocks are VMFS, 2 MiB from the start, and ZFS, 512 KiB from the end.
-const endLength = 4 << 20
+// How much of each end [ZeroEnds] clears, in bytes: more than how far from it blkid looks for a signature that noise can have. The furthest of
+// libblkid/src/superblocks are VMFS, 2 MiB from the start, and ZFS, 512 KiB from the end; the second header of LUKS2 is further, with a magic of 6 bytes.
+// Not more: all of it goes through dm-crypt.
+const (
+	headLength = 3 << 20
+	tailLength = 1 << 20
+)
 
-// ZeroEnds overwrites the first and the last 4 MiB of a device or image file with zeros and returns when they are on stable storage. It is for
+// ZeroEnds overwrites the first 3 MiB and the last MiB of a device or image file with zeros and returns when they are on stable storage. It is for
 // a mapping under a new key: what that shows is noise, and in noise blkid finds a signature about once in 65,536 volumes (two
 // bytes make a JMicron RAID). mkfs would refuse it, and one that is left at the end would hide the filesystem from blkid for good.
 func ZeroEnds(ctx context.Context, path string) error {
@@ -40,8 +44,8 @@ func zeroEnds(ctx context.Context, path string) error {
 	size, err := f.Seek(0, io.SeekEnd)
 	zeros := make([]byte, 1<<20)
 	for offset := int64(0); err == nil && offset < size; {
-		if offset >= endLength && offset < size-endLength {
-			offset = size - endLength
+		if offset >= headLength && offset < size-tailLength {
+			offset = size - tailLength
 		}
 		if err = ctx.Err(); err == nil {
 			var n int

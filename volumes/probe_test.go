@@ -278,9 +278,8 @@ func TestZeroEnds(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		end := int(min(size, endLength))
-		clear(noise[:end])
-		clear(noise[len(noise)-end:])
+		clear(noise[:min(size, headLength)])
+		clear(noise[max(0, size-tailLength):])
 		if !bytes.Equal(b, noise) {
 			t.Errorf("%d bytes: it is not both ends that were cleared", size)
 		}

@@ -751,12 +751,20 @@ func TestVolumesGoLiveTogether(t *testing.T) {
 func TestNobodyWaitsLongForASickDisk(t *testing.T) {
 	var r rendezvous
 	sick, healthy := r.enter(), r.enter()
-	healthy.wait(time.Millisecond) // the limit
-	live := make(chan struct{})
-	go func() {
-		defer close(live)
-		healthy.wait(time.Hour)
-	}()
+	wait := func(limit time.Duration) chan struct{} {
+		live := make(chan struct{})
+		go func() {
+			defer close(live)
+			healthy.wait(limit)
+		}()
+		return live
+	}
+	select {
+	case <-wait(time.Millisecond):
+	case <-time.After(10 * time.Second):
+		t.Error("it waits for a volume that stays on its way")
+	}
+	live := wait(time.Hour)
 	select {
 	case <-live:
 		t.Error("it did not wait for a volume on its way")

@@ -42,7 +42,6 @@ func zeroEnds(ctx context.Context, path string) error {
 		return err
 	}
 	size, err := f.Seek(0, io.SeekEnd)
-	zeros := make([]byte, 1<<20)
 	for offset := int64(0); err == nil && offset < size; {
 		if offset >= headLength && offset < size-tailLength {
 			offset = size - tailLength

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -122,9 +123,32 @@ func superblock(f *os.File, size int64) (string, error) {
 	return "", nil
 }
 
+// zeros are read only.
+var zeros [512 << 10]byte
+
+// directAlign is the alignment of memory that is read into directly, bytes: the largest sector that the kernel has.
+const directAlign = 4096
+
+// openDirect opens what f is for reading without the page cache, which costs less, and which does not see what was written to a disk through a
+// mapping. A filesystem that cannot do that, such as tmpfs, reads through it.
+func openDirect(f *os.File) (*os.File, error) {
+	path := fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+	disk, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC|unix.O_DIRECT, 0)
+	if errors.Is(err, unix.EINVAL) {
+		disk, err = os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
+	}
+	return disk, err
+}
+
 // firstNonZero reads both ends and returns where the first byte other than zero is, -1 for none.
 func firstNonZero(ctx context.Context, f *os.File, size int64) (first int64, value byte, err error) {
-	buffer, zero := make([]byte, 1<<20), make([]byte, 1<<20)
+	disk, err := openDirect(f)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer disk.Close()
+	buffer := make([]byte, len(zeros)+directAlign)
+	buffer = buffer[-uintptr(unsafe.Pointer(&buffer[0]))%directAlign:][:len(zeros)]
 	first = -1
 	for offset := int64(0); offset < size; {
 		if offset >= proofLength && offset < size-proofLength {
@@ -134,13 +158,14 @@ func firstNonZero(ctx context.Context, f *os.File, size int64) (first int64, val
 			return 0, 0, err
 		}
 		n := min(int64(len(buffer)), size-offset)
-		// The page cache of a disk does not see what was written to it through a mapping: drop it. That it
-		// fails on odd files harms nothing.
-		_ = unix.Fadvise(int(f.Fd()), offset, n, unix.FADV_DONTNEED)
-		if _, err := f.ReadAt(buffer[:n], offset); err != nil {
+		_, err := disk.ReadAt(buffer[:n], offset)
+		if errors.Is(err, unix.EINVAL) { // a file whose length is no multiple of what can be read directly
+			_, err = f.ReadAt(buffer[:n], offset)
+		}
+		if err != nil {
 			return 0, 0, err
 		}
-		if first < 0 && !bytes.Equal(buffer[:n], zero[:n]) {
+		if first < 0 && !bytes.Equal(buffer[:n], zeros[:n]) {
 			for i, b := range buffer[:n] {
 				if b != 0 {
 					first, value = offset+int64(i), b

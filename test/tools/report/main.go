@@ -2,7 +2,7 @@
 //
 //	report -results DIR -page FILE
 //
-// DIR has results.csv, from test/vm/bench, and machine.txt, a line of text about the machine; the plots go there too.
+// DIR has results.csv and io.csv, from test/vm/bench, and machine.txt, a line of text about the machine; the plots go there too.
 package main
 
 import (
@@ -50,7 +50,15 @@ func write(dir, to string) error {
 			return fmt.Errorf("cannot plot %s: %w", p.file, err)
 		}
 	}
+	io, err := readIO(filepath.Join(dir, "io.csv"))
+	if err != nil {
+		return err
+	}
+	if err := io.plot(filepath.Join(dir, "io.svg")); err != nil {
+		return fmt.Errorf("cannot plot io.svg: %w", err)
+	}
 	functions := template.FuncMap{
+		"ioSubjects": io.subjectsTable, "ioTable": io.table, "ioSettings": io.settings,
 		"table": r.table, "costs": r.costs, "goals": r.goals,
 		"machine": func() string { return strings.TrimSpace(string(machine)) },
 	}

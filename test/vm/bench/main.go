@@ -1,7 +1,9 @@
 // Command bench measures, in one VM, what it costs to make and to open encrypted volumes: by the agent, by what a user would pick
 // instead, and by a program that does only what cannot be left out. All have the same disks and the same passphrase, and take turns.
 //
-//	go run ./test/vm/bench [-volumes 1,8] [-repeat 5] [-only REGEXP] -out results.csv
+//	go run ./test/vm/bench [-volumes 1,8] [-repeat 5] [-only REGEXP] [-out results.csv] [-io io.csv]
+//
+// And how fast mappings are read and written, which is in io.go. What has no file is not measured.
 //
 // The VM is emulated: seconds mean nothing, ratios within one run do.
 package main
@@ -33,10 +35,11 @@ func main() {
 	repeat := flag.Int("repeat", 5, "rounds; slow subjects take part in the first three")
 	only := flag.String("only", "", "subjects that match this regular expression")
 	out := flag.String("out", "", "file for the results as CSV")
+	ioOut := flag.String("io", "", "file for the results of reading and writing as CSV")
 	machine := flag.String("machine", "", "file for a line about the machine and what was measured")
 	flag.Parse()
 	wanted, err := regexp.Compile(*only)
-	if err != nil || *out == "" || flag.NArg() > 0 {
+	if err != nil || *out == "" && *ioOut == "" || flag.NArg() > 0 {
 		flag.Usage()
 		os.Exit(2)
 	}
@@ -50,10 +53,22 @@ func main() {
 		counts = append(counts, n)
 	}
 	ok := harness.Tell("bench", func(t harness.TB) {
-		b := prepare(t, wanted)
-		b.measure(counts, *repeat, wanted)
-		if err := b.save(*out); err != nil {
-			t.Fatalf("cannot save the results: %v", err)
+		var subjects []ioSubject
+		if *ioOut != "" {
+			subjects = ioSubjects(wanted)
+		}
+		b := prepare(t, wanted, *out != "", subjects)
+		if *out != "" {
+			b.measure(counts, *repeat, wanted)
+			if err := save(*out, columns, b.rows); err != nil {
+				t.Fatalf("cannot save the results: %v", err)
+			}
+		}
+		if *ioOut != "" {
+			rows := b.io(subjects, min(*repeat, slowRounds))
+			if err := save(*ioOut, ioColumns, rows); err != nil {
+				t.Fatalf("cannot save the results of reading and writing: %v", err)
+			}
 		}
 		if *machine != "" {
 			if err := os.WriteFile(*machine, []byte(b.machine(*repeat)), 0o644); err != nil {
@@ -82,10 +97,10 @@ const (
 	tangAddress = "169.254.169.252:80"
 )
 
-// prepare boots the node and makes its volumes: 24 under the agent's key, which clevis may open too, and 8 with cryptsetup's defaults.
-func prepare(t harness.TB, wanted *regexp.Regexp) *bench {
+// prepare boots the node, with a disk for each subject of the I/O part, and makes its volumes where they are asked for.
+func prepare(t harness.TB, wanted *regexp.Regexp, volumes bool, subjects []ioSubject) *bench {
 	step := harness.Announce(os.Stdout)
-	assets, err := harness.Prepare(context.Background(), step, "clevis", "clevis-luks", "curl")
+	assets, err := harness.Prepare(context.Background(), step, "clevis", "clevis-luks", "curl", "fio")
 	if err != nil {
 		t.Fatalf("cannot get ready: %v", err)
 	}
@@ -98,6 +113,9 @@ func prepare(t harness.TB, wanted *regexp.Regexp) *bench {
 	for i := range stores {
 		disks = append(disks, harness.Loop(fmt.Sprintf("store%d", i), fmt.Sprintf("/dev/loop%d", i)))
 	}
+	for _, s := range subjects {
+		disks = append(disks, s.disk())
+	}
 	b := &bench{TB: t, n: harness.NewNode(t, assets, "", disks...)}
 	tang, thumbprint, err := serveTang(t)
 	if err != nil {
@@ -108,8 +126,16 @@ func prepare(t harness.TB, wanted *regexp.Regexp) *bench {
 	b.n.Boot()
 	b.n.AwaitVolumes()
 	done()
-	done = step("making the volumes")
-	b.n.Write("/root/bench.sh", 0o600, guestScript)
+	b.n.Write("/root/bench.sh", 0o600, guestScript+ioScript)
+	if volumes {
+		b.makeVolumes(step, wanted, thumbprint)
+	}
+	return b
+}
+
+// makeVolumes makes 24 volumes under the agent's key, which clevis may open too, and 8 with cryptsetup's defaults.
+func (b *bench) makeVolumes(step harness.Step, wanted *regexp.Regexp, thumbprint string) {
+	done := step("making the volumes")
 	b.sh(fmt.Sprintf("slice %d %d %d", stores, perStore, volumeSize))
 	for i := range maxVolumes {
 		n := i + 1
@@ -134,7 +160,6 @@ func prepare(t harness.TB, wanted *regexp.Regexp) *bench {
 		b.sh("defaults_setup")
 		done()
 	}
-	return b
 }
 
 // config names the first n volumes.
@@ -255,13 +280,13 @@ func number(text string) int {
 	return n
 }
 
-func (b *bench) save(file string) error {
+func save(file string, columns []string, rows [][]string) error {
 	f, err := os.Create(file)
 	if err != nil {
 		return err
 	}
 	w := csv.NewWriter(f)
-	if err := w.WriteAll(slices.Concat([][]string{columns}, b.rows)); err != nil {
+	if err := w.WriteAll(slices.Concat([][]string{columns}, rows)); err != nil {
 		return err
 	}
 	return f.Close()

@@ -73,7 +73,7 @@ demo: ## the main job, told as it goes, in a VM on this machine
 VOLUMES ?= 1,2,4,8,16,24
 ROUNDS  ?= 5
 BENCH   := docs/benchmarks
-bench: ## measure the agent beside what a user would pick, in a VM; writes docs/benchmarks.md and what it shows (70 minutes)
+bench: ## measure the agent beside what a user would pick, in a VM; writes docs/benchmarks.md and what it shows (an hour)
 	@mkdir -p $(BENCH) $(CACHE)/tools
 	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/report ./report
 	@$(GO) run ./test/vm/bench -volumes $(VOLUMES) -repeat $(ROUNDS) -out $(BENCH)/results.csv -io $(BENCH)/io.csv -machine $(BENCH)/machine.txt

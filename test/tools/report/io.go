@@ -216,7 +216,7 @@ func (r *ioResults) plot(file string) error {
 	p.Y.Tick.Marker = plot.ConstantTicks(names)
 	p.Legend.Top, p.Legend.Left, p.Legend.TextStyle.Font.Size, p.Legend.Padding = true, true, 10, vg.Points(2)
 	shapes := []draw.GlyphDrawer{draw.CircleGlyph{}, draw.BoxGlyph{}, draw.TriangleGlyph{}, draw.PyramidGlyph{}}
-	shades := []color.RGBA{colours[4], colours[0], colours[1], colours[6]} // the darkest is the agent
+	shades := []color.RGBA{looks[parallel].colour, looks[agent].colour, {0, 0, 0, 255}, looks[systemd].colour} // cryptsetup's and the agent's as everywhere
 	least, most := math.Inf(1), 1.0
 	for i, s := range r.mapped() {
 		var data ioSpreads

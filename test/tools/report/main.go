@@ -2,7 +2,8 @@
 //
 //	report -results DIR -page FILE
 //
-// DIR has results.csv and io.csv, from test/vm/bench, and machine.txt, a line of text about the machine; the plots go there too.
+// DIR has results.csv and io.csv, from test/vm/bench; machine.txt, a line of text about the machine; and fleet.csv, from test/bench/fleet.
+// The plots go there too.
 package main
 
 import (
@@ -11,6 +12,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,8 +21,8 @@ import (
 	"text/template"
 )
 
-//go:embed page.md
-var page embed.FS
+//go:embed page.md story.md
+var texts embed.FS
 
 func main() {
 	results := flag.String("results", "", "directory with results.csv, and of the plots")
@@ -45,7 +47,17 @@ func write(dir, to string) error {
 	if err != nil {
 		return err
 	}
+	if r.fleet, err = readFleet(filepath.Join(dir, "fleet.csv")); err != nil {
+		return err
+	}
+	story, err := texts.ReadFile("story.md")
+	if err != nil {
+		return err
+	}
 	for _, p := range plots {
+		if len(r.subjects[p.phase]) == 0 {
+			continue // a run of some subjects only
+		}
 		if err := r.plot(p, filepath.Join(dir, p.file)); err != nil {
 			return fmt.Errorf("cannot plot %s: %w", p.file, err)
 		}
@@ -61,8 +73,10 @@ func write(dir, to string) error {
 		"ioSubjects": io.subjectsTable, "ioTable": io.table, "ioSettings": io.settings,
 		"table": r.table, "costs": r.costs, "goals": r.goals,
 		"machine": func() string { return strings.TrimSpace(string(machine)) },
+		"story":   func() string { return strings.TrimSpace(string(story)) },
+		"rounds":  func() int { return r.rounds },
 	}
-	t, err := template.New("page.md").Funcs(functions).ParseFS(page, "page.md")
+	t, err := template.New("page.md").Funcs(functions).ParseFS(texts, "page.md")
 	if err != nil {
 		return err
 	}
@@ -84,17 +98,14 @@ type results struct {
 	values   map[point]map[string][]float64
 	subjects map[string][]string // by phase, in order of appearance
 	volumes  []int
+	rounds   int                // the most of any point
+	fleet    map[string]float64 // its reference, by column
 }
 
 func read(file string) (*results, error) {
-	f, err := os.Open(file)
+	rows, err := readCSV(file)
 	if err != nil {
 		return nil, err
-	}
-	defer f.Close()
-	rows, err := csv.NewReader(f).ReadAll()
-	if err != nil {
-		return nil, fmt.Errorf("cannot read %s: %w", file, err)
 	}
 	if len(rows) < 2 || len(rows[0]) < 5 {
 		return nil, fmt.Errorf("cannot read %s: it has no results", file)
@@ -125,7 +136,48 @@ func read(file string) (*results, error) {
 		}
 	}
 	slices.Sort(r.volumes)
+	for _, columns := range r.values {
+		r.rounds = max(r.rounds, len(columns[rows[0][4]]))
+	}
 	return r, nil
+}
+
+func readCSV(file string) ([][]string, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	rows, err := csv.NewReader(f).ReadAll()
+	if err != nil {
+		return nil, fmt.Errorf("cannot read %s: %w", file, err)
+	}
+	return rows, nil
+}
+
+// readFleet returns the fleet's reference by column: 10,000 nodes, against a quota of 70 % of the rate at which they boot. It is
+// measured rarely; without its file there is nothing.
+func readFleet(file string) (map[string]float64, error) {
+	rows, err := readCSV(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for i, row := range rows[min(1, len(rows)):] {
+		values := map[string]float64{}
+		for c, text := range row {
+			if values[rows[0][c]], err = strconv.ParseFloat(text, 64); err != nil {
+				return nil, fmt.Errorf("cannot read %s: row %d: %w", file, i+2, err)
+			}
+		}
+		share := values["quota"] * values["boot"] / values["nodes"]
+		if values["nodes"] == 10_000 && math.Abs(share-0.7) < 0.001 {
+			return values, nil
+		}
+	}
+	return nil, fmt.Errorf("cannot read %s: the reference is not in it", file)
 }
 
 // spread is the least, the median and the largest of a point's values.
@@ -143,7 +195,7 @@ func (r *results) median(p point, column string) (float64, bool) {
 	return m, ok
 }
 
-// table has a phase's seconds: subjects down, volumes across, and how often the agent's time it is.
+// table has a phase's seconds: subjects down, volumes across, and how often the agent's time it is. A point with fewer rounds says so.
 func (r *results) table(phase string) string {
 	var b strings.Builder
 	b.WriteString("| seconds: median (least – most) |")
@@ -159,7 +211,11 @@ func (r *results) table(phase string) string {
 				b.WriteString(" |")
 				continue
 			}
-			fmt.Fprintf(&b, " %s (%s – %s)", digits(m), digits(low), digits(high))
+			fmt.Fprintf(&b, " %s (%s – %s", digits(m), digits(low), digits(high))
+			if rounds := len(r.values[point{phase, s, n}]["seconds"]); rounds < r.rounds {
+				fmt.Fprintf(&b, "; %d", rounds)
+			}
+			b.WriteString(")")
 			if agent, ok := r.median(point{phase, "agent", n}, "seconds"); ok && s != "agent" {
 				fmt.Fprintf(&b, "<br>%s ×", digits(m/agent))
 			}

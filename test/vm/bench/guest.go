@@ -16,8 +16,8 @@ func (b *bench) slowKMS(by time.Duration) {
 }
 
 // guestScript has the peers and what is around them. Volumes are /dev/loop10 and up, the passphrase is in /run/bench/key, on a tmpfs.
+// What is measured starts no program that a user's script would not start.
 const guestScript = `
-list() { seq 10 $(($1 + 9)); }
 slice() { # STORES PER_STORE BYTES
 	mkdir -p /run/bench /bench
 	local i=10 s k d
@@ -33,72 +33,90 @@ slice() { # STORES PER_STORE BYTES
 	done
 	udevadm settle
 }
-blank() { for i in $(list $1); do blkdiscard -z /dev/loop$i; done; }
+blank() { local i; for ((i = 10; i < 10 + $1; i++)); do blkdiscard -z /dev/loop$i; done; }
 agent() { luks-kms-agent --config /root/bench-$1.yaml $2; }
-# The records of the first n volumes, for each n.
+# The records of the first so many volumes.
 records() {
 	umask 077
-	local from=/var/lib/luks-kms-agent n to
-	for n in $(seq 1 23); do
-		to=/var/lib/luks-kms-agent-$n
-		mkdir -p -m 0700 $to/keys $to/volumes
-		cp -a $from/keys/*.json $to/keys/
-		for i in $(list $n); do cp -a $(grep -l "\"/dev/loop$i\"" $from/volumes/*.json) $to/volumes/; done
-	done
+	local from=/var/lib/luks-kms-agent to=/var/lib/luks-kms-agent-$1 i names=""
+	for ((i = 10; i < 10 + $1; i++)); do names="$names -e \"/dev/loop$i\""; done
+	mkdir -p $to/keys $to/volumes
+	cp -a $from/keys/*.json $to/keys/
+	cp -a $(grep -l $names $from/volumes/*.json) $to/volumes/
 }
-written() { local sum=0 i w; for i in $(list 32); do read -r _ _ _ _ _ _ w _ </sys/block/loop$i/stat; sum=$((sum + w)); done; echo $((sum * 512)); }
-mounted() { grep -c -E ' /(bench|sysd)/' /proc/mounts || true; }
-points() { sed -n -E 's/^[^ ]* (\/(bench|sysd)\/[0-9]*) .*/\1/p' /proc/mounts; }
+# Data is cold, programs are not.
+cool() { sync; blockdev --flushbufs /dev/vd? /dev/loop[1-9][0-9]; udevadm settle; }
+freeze() { sync; echo 3 >/proc/sys/vm/drop_caches; udevadm settle; }
+written() { local sum=0 f w; for f in /sys/block/loop[1-9][0-9]/stat; do read -r _ _ _ _ _ _ w _ <$f; sum=$((sum + w)); done; echo $((sum * 512)); }
+points() { local p; while read -r _ p _; do case $p in /bench/*|/sysd/*) echo $p ;; esac; done </proc/mounts; }
+mounted() { local p; p=$(points); set -- $p; echo $#; }
 closeall() {
-	local m units=""
-	for m in $(points); do m=$(systemd-escape -p --suffix=mount $m); units="$units $m"; done
-	[ -z "$units" ] || systemctl stop $units
-	for m in $(points); do umount $m; done
-	units=$(systemctl list-units --plain --no-legend --state=active 'systemd-cryptsetup@*' | cut -d' ' -f1)
-	[ -z "$units" ] || systemctl stop $units
-	for m in $(dmsetup ls --target crypt | grep '(' | cut -f1); do dmsetup remove --retry $m; done
+	local p
+	p=$(points)
+	[ -z "$p" ] || umount $p
+	p=$(systemctl list-units --plain --no-legend --state=active 'systemd-cryptsetup@*' | cut -d' ' -f1)
+	[ -z "$p" ] || systemctl stop $p
+	p=$(dmsetup ls --target crypt | grep '(' | cut -f1) || true
+	[ -z "$p" ] || dmsetup remove --retry $p
 	udevadm settle
 }
-floor() { local a="" i; for i in $(list $n); do a="$a /dev/loop$i=/bench/$i"; done; /usr/local/lib/story/guest floor $a </run/bench/key; }
-open_one() { cryptsetup open --type luks2 --key-file /run/bench/key /dev/loop$1 b$1; mount /dev/mapper/b$1 /bench/$1; }
-open_serial() { local i; for i in $(seq $1 $(($1 + $2 - 1))); do open_one $i; done; }
-open_parallel() { local i; for i in $(list $n); do open_one $i & done; wait; }
-open_clevis() { local i; for i in $(list $n); do clevis luks unlock -d /dev/loop$i -n b$i; mount /dev/mapper/b$i /bench/$i; done; }
-clevis_setup() {
-	local i
-	for i in $(list $1); do
-		clevis luks bind -y -f -k /run/bench/key -d /dev/loop$i tang "{\"url\":\"$2\",\"thp\":\"$3\"}" </dev/null
-	done
+floor() { /usr/local/lib/story/floor "$@"; }
+pairs() { local a="" i; for ((i = 10; i < 10 + n; i++)); do a="$a /dev/loop$i=${1:-/bench/$i}"; done; echo "$a"; }
+floor_open() { floor $(pairs) </run/bench/key; }
+floor_kms() { floor -kms /var/lib/luks-kms-agent/keys/*.json -endpoint $1 $(pairs); }
+# As many bytes as mkfs writes to one volume.
+floor_format() { floor -format $(pairs $(</run/bench/mkfs)); }
+mkfs_bytes() {
+	local before after
+	before=$(written)
+	mkfs.ext4 -q -E nodiscard /dev/loop10
+	after=$(written)
+	echo $((after - before)) >/run/bench/mkfs
 }
+open_one() { cryptsetup open --type luks2 --key-file /run/bench/key /dev/loop$1 b$1; mount /dev/mapper/b$1 /bench/$1; }
+open_serial() { local i; for ((i = $1; i < $1 + n; i++)); do open_one $i; done; }
+open_parallel() { local i; for ((i = 10; i < 10 + n; i++)); do open_one $i & done; wait; }
 make_one() { # DEVICE OPTIONS
 	cryptsetup luksFormat --batch-mode --type luks2 $2 --key-file /run/bench/key /dev/loop$1
 	cryptsetup open --type luks2 --key-file /run/bench/key /dev/loop$1 b$1
 	mkfs.ext4 -q -E nodiscard /dev/mapper/b$1
 	mount /dev/mapper/b$1 /bench/$1
 }
-make_serial() { local i; for i in $(list $n); do make_one $i "$1"; done; }
-make_parallel() { local i; for i in $(list $n); do make_one $i "$1" & done; wait; }
-defaults_setup() { local i; for i in $(seq 34 41); do mkdir -p /bench/$i; make_one $i ""; done; closeall; }
-# What mkfs writes to one volume.
-mkfs_bytes() {
-	local w
-	read -r _ _ _ _ _ _ w _ </sys/block/loop10/stat
-	mkfs.ext4 -q -E nodiscard /dev/loop10
-	read -r _ _ _ _ _ _ s _ </sys/block/loop10/stat
-	echo $(((s - w) * 512)) >/run/bench/mkfs
+make_serial() { local i; for ((i = 10; i < 10 + n; i++)); do make_one $i "$1"; done; }
+make_parallel() { local i; for ((i = 10; i < 10 + n; i++)); do make_one $i "$1" & done; wait; }
+# The first one is measured for the machine, which takes long; the others are made like it.
+defaults_setup() { # FROM NUMBER
+	local i like=""
+	for ((i = $1; i < $1 + $2; i++)); do
+		make_one $i "$like"
+		[ -n "$like" ] || like=$(cryptsetup luksDump /dev/loop$i |
+			sed -n -e 's/.*Time cost: */--pbkdf-force-iterations /p' -e 's/.*Memory: */--pbkdf-memory /p' -e 's/.*Threads: */--pbkdf-parallel /p')
+	done
+	closeall
 }
-floor_format() { local a="" i b=$(cat /run/bench/mkfs); for i in $(list $n); do a="$a /dev/loop$i=$b"; done; /usr/local/lib/story/guest floor-format $a; }
+clevis_setup() { # FROM NUMBER URL THUMBPRINT
+	local i
+	for ((i = $1; i < $1 + $2; i++)); do
+		{
+			make_one $i "--pbkdf pbkdf2 --pbkdf-force-iterations 1000"
+			clevis luks bind -y -f -k /run/bench/key -d /dev/loop$i tang "{\"url\":\"$3\",\"thp\":\"$4\"}" </dev/null
+		} &
+	done
+	wait
+	closeall
+}
+open_clevis() { local i; for ((i = $1; i < $1 + n; i++)); do clevis luks unlock -d /dev/loop$i -n b$i; mount /dev/mapper/b$i /bench/$i; done; }
 # Mount points of their own: the agent takes none that has a line in fstab.
 systemd_setup() {
 	local i
 	: >/etc/crypttab
 	: >/etc/fstab
-	for i in $(list $1); do
+	for ((i = 10; i < 10 + $1; i++)); do
 		mkdir -p /sysd/$i
 		echo "b$i /dev/loop$i /run/bench/key luks,noauto,nofail" >>/etc/crypttab
 		echo "/dev/mapper/b$i /sysd/$i ext4 noauto,nofail 0 0" >>/etc/fstab
 	done
 	systemctl daemon-reload
 }
-open_systemd() { local u="" i; for i in $(list $n); do u="$u sysd-$i.mount"; done; systemctl start $u; }
+open_systemd() { local u="" i; for ((i = 10; i < 10 + n; i++)); do u="$u sysd-$i.mount"; done; systemctl start $u; }
 `

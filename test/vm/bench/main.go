@@ -52,12 +52,13 @@ func main() {
 		}
 		counts = append(counts, n)
 	}
+	begin := time.Now()
 	ok := harness.Tell("bench", func(t harness.TB) {
 		var subjects []ioSubject
 		if *ioOut != "" {
 			subjects = ioSubjects(wanted)
 		}
-		b := prepare(t, wanted, *out != "", subjects)
+		b := prepare(t, counts, wanted, *out != "", subjects)
 		if *out != "" {
 			b.measure(counts, *repeat, wanted)
 			if err := save(*out, columns, b.rows); err != nil {
@@ -71,11 +72,12 @@ func main() {
 			}
 		}
 		if *machine != "" {
-			if err := os.WriteFile(*machine, []byte(b.machine(*repeat)), 0o644); err != nil {
+			if err := os.WriteFile(*machine, []byte(b.machine(time.Since(begin))), 0o644); err != nil {
 				t.Fatalf("cannot describe the machine: %v", err)
 			}
 		}
 	})
+	fmt.Printf("bench: %v\n", time.Since(begin).Round(time.Second))
 	if !ok {
 		os.Exit(1)
 	}
@@ -89,16 +91,19 @@ type bench struct {
 }
 
 const (
-	maxVolumes  = 24
-	slowVolumes = 8 // cryptsetup's default key derivation takes part up to here
-	stores      = 4
-	perStore    = 8
-	volumeSize  = harness.DiskSize / perStore
-	tangAddress = "169.254.169.252:80"
+	maxVolumes    = 24
+	slowVolumes   = 8 // what is slow takes part up to here, and has as many volumes of its own
+	firstVolume   = 10
+	firstDefaults = firstVolume + maxVolumes
+	firstClevis   = firstDefaults + slowVolumes
+	stores        = 5
+	perStore      = 8
+	volumeSize    = harness.DiskSize / perStore
+	tangAddress   = "169.254.169.252:80"
 )
 
 // prepare boots the node, with a disk for each subject of the I/O part, and makes its volumes where they are asked for.
-func prepare(t harness.TB, wanted *regexp.Regexp, volumes bool, subjects []ioSubject) *bench {
+func prepare(t harness.TB, counts []int, wanted *regexp.Regexp, volumes bool, subjects []ioSubject) *bench {
 	step := harness.Announce(os.Stdout)
 	assets, err := harness.Prepare(context.Background(), step, "clevis", "clevis-luks", "curl", "fio")
 	if err != nil {
@@ -128,38 +133,55 @@ func prepare(t harness.TB, wanted *regexp.Regexp, volumes bool, subjects []ioSub
 	done()
 	b.n.Write("/root/bench.sh", 0o600, guestScript+ioScript)
 	if volumes {
-		b.makeVolumes(step, wanted, thumbprint)
+		b.makeVolumes(step, counts, wanted, thumbprint)
 	}
 	return b
 }
 
-// makeVolumes makes 24 volumes under the agent's key, which clevis may open too, and 8 with cryptsetup's defaults.
-func (b *bench) makeVolumes(step harness.Step, wanted *regexp.Regexp, thumbprint string) {
+// makeVolumes makes 24 volumes under the agent's key, 8 with cryptsetup's defaults, and 8 for clevis, which adds a key slot and a token that
+// the agent would not take.
+func (b *bench) makeVolumes(step harness.Step, counts []int, wanted *regexp.Regexp, thumbprint string) {
 	done := step("making the volumes")
 	b.sh(fmt.Sprintf("slice %d %d %d", stores, perStore, volumeSize))
-	for i := range maxVolumes {
-		n := i + 1
+	most := slices.Max(counts)
+	for _, n := range counts {
 		state := fmt.Sprintf("/var/lib/luks-kms-agent-%d", n)
-		if n == maxVolumes {
+		if n == most {
 			state = "/var/lib/luks-kms-agent"
 		}
 		b.n.Write(fmt.Sprintf("/root/bench-%d.yaml", n), 0o600, b.n.Config(config(n, state)))
 		b.n.Write(fmt.Sprintf("/root/bench-first-%d.yaml", n), 0o600, b.n.Config(config(n, "/var/lib/luks-kms-agent-first")))
 	}
-	b.sh("mkfs_bytes; blank 24; agent 24 run >/dev/null; records")
+	b.sh(fmt.Sprintf("mkfs_bytes; blank %d; agent %d run >/dev/null", most, most))
+	for _, n := range counts {
+		if n != most {
+			b.sh(fmt.Sprintf("records %d", n))
+		}
+	}
 	b.n.Write("/run/bench/key", 0o600, b.n.Unwrap(b.n.KeyRecords()[0]))
-	b.sh("closeall; systemd_setup 24")
+	b.sh(fmt.Sprintf("closeall; systemd_setup %d", most))
 	done()
-	if wanted.MatchString("reboot: clevis with tang") {
-		done = step("binding the volumes to tang")
-		b.sh("clevis_setup 24 http://" + strings.TrimSuffix(tangAddress, ":80") + " " + thumbprint)
+	if n := largest(counts, few); n > 0 && wanted.MatchString("reboot: clevis with tang") {
+		done = step("making volumes that are bound to tang")
+		b.sh(fmt.Sprintf("clevis_setup %d %d http://%s %s", firstClevis, n, strings.TrimSuffix(tangAddress, ":80"), thumbprint))
 		done()
 	}
-	if wanted.MatchString("reboot: cryptsetup defaults, serial") {
+	if n := largest(counts, few); n > 0 && wanted.MatchString("reboot: cryptsetup defaults, serial") {
 		done = step("making volumes with cryptsetup's defaults")
-		b.sh("defaults_setup")
+		b.sh(fmt.Sprintf("defaults_setup %d %d", firstDefaults, n))
 		done()
 	}
+}
+
+// largest returns the largest of counts that is also in at, 0 for none.
+func largest(counts, at []int) int {
+	most := 0
+	for _, n := range counts {
+		if slices.Contains(at, n) {
+			most = max(most, n)
+		}
+	}
+	return most
 }
 
 // config names the first n volumes.
@@ -167,7 +189,7 @@ func config(n int, stateDir string) string {
 	var text strings.Builder
 	fmt.Fprintf(&text, "device_wait: 0s\nstate_dir: %s\nvolumes:\n", stateDir)
 	for i := range n {
-		fmt.Fprintf(&text, "  - name: /dev/loop%d\n    mount_point: /bench/%d\n    filesystem: ext4\n", 10+i, 10+i)
+		fmt.Fprintf(&text, "  - name: /dev/loop%d\n    mount_point: /bench/%d\n    filesystem: ext4\n", firstVolume+i, firstVolume+i)
 	}
 	return text.String()
 }
@@ -181,38 +203,59 @@ func (b *bench) sh(command string) string {
 type subject struct {
 	name, command string        // in bash, with the number of volumes as $n
 	latency       time.Duration // added to each answer of KMS
+	at            []int         // numbers of volumes at which it takes part; nil: all
 	slow          bool          // three rounds only
-	few           bool          // at 1 and 8 volumes only
 }
 
 // phase is a time at which volumes are to be mounted, and who does it how.
 type phase struct {
 	name     string
 	setup    string // before each measurement, not measured
+	slow     bool   // three rounds only, for all
+	cold     bool   // programs, too, have to be read from the disk first
 	subjects []subject
 }
 
+// What of an hour the subjects are worth.
+var (
+	one  = []int{1}
+	few  = []int{1, slowVolumes}
+	some = []int{1, slowVolumes, maxVolumes}
+	low  = []int{1, 2, 4, slowVolumes}
+	made = []int{1, 2, 4, slowVolumes, maxVolumes}
+)
+
 func phases() []phase {
+	const (
+		near, far = 20 * time.Millisecond, 100 * time.Millisecond
+		ours      = "'--pbkdf pbkdf2 --pbkdf-force-iterations 1000'"
+	)
+	const openParallel = "open_parallel"
 	return []phase{
 		{name: "reboot", subjects: []subject{
-			{name: "floor", command: "floor"},
+			{name: "floor", command: "floor_open"},
+			{name: "floor and KMS", command: "floor_kms " + harness.KMSEndpoint},
 			{name: "agent", command: "agent $n run"},
-			{name: "agent, KMS 20 ms away", command: "agent $n run", latency: 20 * time.Millisecond},
-			{name: "agent, KMS 100 ms away", command: "agent $n run", latency: 100 * time.Millisecond},
-			{name: "cryptsetup pbkdf2, serial", command: "open_serial 10 $n"},
-			{name: "cryptsetup pbkdf2, parallel", command: "open_parallel"},
-			{name: "systemd-cryptsetup pbkdf2", command: "open_systemd"},
-			{name: "clevis with tang", command: "open_clevis", slow: true},
-			{name: "cryptsetup defaults, serial", command: "open_serial 34 $n", slow: true, few: true},
+			{name: "agent, KMS 20 ms away", command: "agent $n run", latency: near, at: some},
+			{name: "agent, KMS 100 ms away", command: "agent $n run", latency: far, at: some},
+			{name: "cryptsetup pbkdf2, serial", command: fmt.Sprintf("open_serial %d", firstVolume), slow: true},
+			{name: "cryptsetup pbkdf2, parallel", command: openParallel},
+			{name: "systemd-cryptsetup pbkdf2", command: "open_systemd", slow: true},
+			{name: "clevis with tang", command: fmt.Sprintf("open_clevis %d", firstClevis), at: few, slow: true},
+			{name: "cryptsetup defaults, serial", command: fmt.Sprintf("open_serial %d", firstDefaults), at: few, slow: true},
 		}},
-		{name: "first boot", setup: "blank $n; rm -rf /var/lib/luks-kms-agent-first", subjects: []subject{
-			{name: "floor", command: "floor_format"},
-			{name: "agent", command: "agent first-$n run"},
-			{name: "agent, KMS 20 ms away", command: "agent first-$n run", latency: 20 * time.Millisecond},
-			{name: "agent, KMS 100 ms away", command: "agent first-$n run", latency: 100 * time.Millisecond},
-			{name: "cryptsetup pbkdf2, serial", command: "make_serial '--pbkdf pbkdf2 --pbkdf-force-iterations 1000'"},
-			{name: "cryptsetup pbkdf2, parallel", command: "make_parallel '--pbkdf pbkdf2 --pbkdf-force-iterations 1000'"},
-			{name: "cryptsetup defaults, serial", command: "make_serial ''", slow: true, few: true},
+		{name: "reboot", slow: true, cold: true, subjects: []subject{
+			{name: "agent, cold caches", command: "agent $n run", at: few},
+			{name: "cryptsetup pbkdf2, parallel, cold caches", command: openParallel, at: few},
+		}},
+		{name: "first boot", setup: "blank $n; rm -rf /var/lib/luks-kms-agent-first", slow: true, subjects: []subject{
+			{name: "floor", command: "floor_format", at: made},
+			{name: "agent", command: "agent first-$n run", at: made},
+			{name: "agent, KMS 20 ms away", command: "agent first-$n run", latency: near, at: one},
+			{name: "agent, KMS 100 ms away", command: "agent first-$n run", latency: far, at: one},
+			{name: "cryptsetup pbkdf2, serial", command: "make_serial " + ours, at: low},
+			{name: "cryptsetup pbkdf2, parallel", command: "make_parallel " + ours, at: made},
+			{name: "cryptsetup defaults, serial", command: "make_serial ''", at: few},
 		}},
 	}
 }
@@ -221,45 +264,60 @@ const slowRounds = 3
 
 func (b *bench) measure(counts []int, rounds int, wanted *regexp.Regexp) {
 	for _, p := range phases() {
+		p.subjects = slices.DeleteFunc(p.subjects, func(s subject) bool {
+			return !wanted.MatchString(p.name+": "+s.name) || s.at != nil && largest(counts, s.at) == 0
+		})
+		if !p.cold {
+			b.warm(p, slices.Min(counts))
+		}
 		for round := range rounds {
 			for _, n := range counts {
 				// In turn, and each round another one begins.
 				for i := range p.subjects {
 					s := p.subjects[(i+round)%len(p.subjects)]
-					if !wanted.MatchString(p.name+": "+s.name) || s.slow && round >= slowRounds || s.few && n != 1 && n != slowVolumes {
-						continue
+					if (s.at == nil || slices.Contains(s.at, n)) && (round < slowRounds || !s.slow && !p.slow) {
+						b.one(p, s, n, round)
 					}
-					b.one(p, s, n, round)
 				}
 			}
 		}
 	}
 }
 
+// warm runs each subject once, not measured: before a program runs for the first time emulation has to translate it, which a processor
+// has not, and which takes longer than most of what is measured here.
+func (b *bench) warm(p phase, n int) {
+	for _, s := range p.subjects {
+		b.sh(fmt.Sprintf("n=%d; %s; %s >/dev/null; closeall", n, cmp.Or(p.setup, ":"), s.command))
+	}
+}
+
 // one is one measurement.
 func (b *bench) one(p phase, s subject, n, round int) {
-	b.sh(fmt.Sprintf("n=%d; %s; sync; echo 3 >/proc/sys/vm/drop_caches; udevadm settle; sleep 0.5", n, cmp.Or(p.setup, ":")))
+	caches := "cool"
+	if p.cold {
+		caches = "freeze"
+	}
+	before := b.sh(fmt.Sprintf("n=%d; %s; %s; written", n, cmp.Or(p.setup, ":"), caches))
 	b.slowKMS(s.latency)
 	b.n.KMS.Forget()
 	b.n.IMDS.Forget()
-	before := b.sh("written")
 	cost := b.n.Meter(fmt.Sprintf("set -eu; . /root/bench.sh; n=%d; %s >/dev/null", n, s.command), 20*time.Minute)
-	after := b.sh("written")
-	if got := strings.TrimSpace(b.sh("mounted")); got != strconv.Itoa(n) && s.command != "floor_format" {
-		b.Fatalf("%s: %s volumes are mounted, want %d", s.name, got, n)
+	var after, mounted int
+	if _, err := fmt.Sscan(b.sh("written; mounted; closeall"), &after, &mounted); err != nil || mounted != n && s.command != "floor_format" {
+		b.Fatalf("%s: %d volumes are mounted, want %d (%v)", s.name, mounted, n, err)
 	}
-	b.sh("closeall")
 	row := []string{
 		p.name, s.name, strconv.Itoa(n), strconv.Itoa(round + 1), fmt.Sprintf("%.3f", cost.Seconds), fmt.Sprintf("%.2f", cost.CPUSeconds),
 		strconv.Itoa(cost.Processes), strconv.FormatInt(cost.LargestKiB, 10), strconv.FormatInt(cost.SumKiB, 10),
-		strconv.Itoa(len(b.n.KMS.Calls())), strconv.Itoa(len(b.n.IMDS.Requests())), strconv.Itoa(number(after) - number(before)),
+		strconv.Itoa(len(b.n.KMS.Calls())), strconv.Itoa(len(b.n.IMDS.Requests())), strconv.Itoa(after - number(before)),
 	}
 	b.Logf("%s", strings.Join(row, "\t"))
 	b.rows = append(b.rows, row)
 }
 
-// machine says what was measured, on what, and when.
-func (b *bench) machine(rounds int) string {
+// machine says what was measured, on what, when, and how long that took.
+func (b *bench) machine(took time.Duration) string {
 	host := "an unknown processor"
 	if info, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(info)) {
@@ -270,9 +328,9 @@ func (b *bench) machine(rounds int) string {
 		}
 	}
 	guest := strings.Join(strings.Fields(b.n.Sh(`uname -r; echo ", "; cryptsetup --version | cut -d' ' -f1,2; echo ", systemd"; systemctl --version | sed -n 's/systemd \([0-9]*\) .*/\1/p'; echo ", clevis"; dpkg-query -W -f '${Version}' clevis`)), " ")
-	return fmt.Sprintf("Measured on %s with `%s` by QEMU's emulation (TCG) of 2 processors on %d of %s; the guest: Debian 12, Linux %s. %d rounds, %d of slow subjects.\n",
+	return fmt.Sprintf("Measured on %s with `%s` by QEMU's emulation (TCG) of 2 processors on %d of %s; the guest: Debian 12, Linux %s. The run took %.0f minutes.\n",
 		time.Now().UTC().Format(time.DateOnly), strings.TrimSpace(b.n.Sh("luks-kms-agent version")), runtime.NumCPU(), host,
-		strings.ReplaceAll(guest, " ,", ","), rounds, min(rounds, slowRounds))
+		strings.ReplaceAll(guest, " ,", ","), took.Minutes())
 }
 
 func number(text string) int {

@@ -13,8 +13,6 @@
 //	guest memory PID       print all memory of a process that it may read
 //	guest rusage FILE CMD… run CMD and write its peak resident memory (KiB) to FILE
 //	guest meter FILE CMD…  run CMD and write to FILE what it cost the machine, as JSON
-//	guest floor DEV=DIR…   open and mount with the passphrase on standard input, and nothing else
-//	guest floor-format …   write and flush what a first boot has to: DEV=BYTES…
 //	guest relay HOST:PORT  on the host: connect standard input and output to a server
 //	guest leash CMD…       on the host: run CMD, and kill it when standard input ends
 package main
@@ -73,12 +71,8 @@ func run(args []string) error {
 		return rusage(args[1], args[2:])
 	case len(args) > 2 && args[0] == "meter":
 		return meter(args[1], args[2:])
-	case len(args) > 1 && args[0] == "floor":
-		return floor(args[1:])
-	case len(args) > 1 && args[0] == "floor-format":
-		return floorFormat(args[1:])
 	}
-	return errors.New("usage: guest setup | resume NANOTIME | attach NAME… | detach NAME… | reload NAME… | disguise MODEL | network ADDRESS | serve | find FILE PATH… | memory PID | rusage FILE CMD… | meter FILE CMD… | floor DEVICE=DIR… | floor-format DEVICE=BYTES… | relay HOST:PORT | leash CMD…")
+	return errors.New("usage: guest setup | resume NANOTIME | attach NAME… | detach NAME… | reload NAME… | disguise MODEL | network ADDRESS | serve | find FILE PATH… | memory PID | rusage FILE CMD… | meter FILE CMD… | relay HOST:PORT | leash CMD…")
 }
 
 // relay carries one connection of the guest to a server on the host. It ends when the server closes, so that the guest

@@ -129,8 +129,10 @@ func (a *Assets) prepare(ctx context.Context, step Step, cache string, packages 
 	story := filepath.Join(tree, "usr/local/lib/story")
 	err = errors.Join(
 		command(ctx, a.Repo, "make", "install", "DESTDIR="+tree),
-		// Not in PATH: a story links the AWS CLI where it plays an administrator, and starts the agent that stops at steps by name.
+		// Not in PATH: a story links the AWS CLI where it plays an administrator, and starts the agent that stops at steps by name; the
+		// benchmark does so with what it measures the agent against.
 		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-o", filepath.Join(story, "aws"), "./test/vm/awscli"),
+		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-o", filepath.Join(story, "floor"), "./test/vm/floor"),
 		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-tags", "holdsteps", "-ldflags", "-s -w",
 			"-o", filepath.Join(story, "luks-kms-agent-hold"), "./cmd/luks-kms-agent"),
 	)

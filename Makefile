@@ -52,7 +52,8 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 test-unit: ## unit tests: no root, no VM, no AWS
 	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd)
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
-	@$(GO) test -json -count=1 -timeout 5m ./... $(TALLY) | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
+	@{ rc=0; $(GO) test -json -count=1 -timeout 5m ./... $(TALLY) || rc=1; $(GO) test -C test/tools -json -count=1 -timeout 5m ./... || rc=1; exit $$rc; } \
+	  | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
 
 test-vm: ## the stories, in QEMU with EC2's disks, IMDS and a KMS (VM_ACCEL=kvm: with hardware virtualisation)
 	@$(GO) test -json -v -count=1 -timeout 80m -tags vm -parallel 2 ./test/vm | $(GO) run $(TALLY) -live $(if $(COUNTS),-to $(COUNTS))

@@ -519,8 +519,10 @@ func (a *applier) makeKey(ctx context.Context) (*keycache.Key, keycache.KeyRecor
 }
 
 func (a *applier) openOptions(act Action) luks.OpenOptions {
-	direct := a.cfg.Workqueues == "off" || a.cfg.Workqueues == "auto" && !act.Device.Rotational
-	return luks.OpenOptions{Name: act.Volume.Mapping, NoWorkqueues: direct}
+	off := a.cfg.Workqueues == "off"
+	return luks.OpenOptions{
+		Name: act.Volume.Mapping, NoReadWorkqueue: off, NoWriteWorkqueue: off || a.cfg.Workqueues == "auto" && !act.Device.Rotational,
+	}
 }
 
 func (a *applier) mount(ctx context.Context, act Action, mapping string) error {

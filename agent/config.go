@@ -65,7 +65,7 @@ type Config struct {
 	Exclude       []string       // kernel paths, links, serials, volume ids
 	RetryLimit    time.Duration  // how long KMS and IMDS are retried
 	CallTimeout   time.Duration  // of one request
-	Workqueues    string         // dm-crypt's work queues: "auto", "on", "off"
+	Workqueues    string         // dm-crypt's work queues: "auto" (none for writes to disks that do not rotate), "on", "off"
 	StateDir      string         // where the records are
 	AllowedKeys   []string       // ARNs of keys whose volumes may be adopted, beside KMSKey
 	DeviceWait    time.Duration  // how long a run waits for volumes that are not there; 0: not at all

@@ -774,6 +774,26 @@ func TestNobodyWaitsLongForASickDisk(t *testing.T) {
 	<-live
 }
 
+// TestWorkqueues: a read queue is left out only where somebody asks for it, as some kernels corrupt memory without it.
+func TestWorkqueues(t *testing.T) {
+	for _, c := range []struct {
+		setting     string
+		rotational  bool
+		read, write bool // left out
+	}{
+		{"auto", false, false, true},
+		{"auto", true, false, false},
+		{"on", false, false, false},
+		{"off", true, true, true},
+	} {
+		a := &applier{Node: &Node{cfg: Config{Workqueues: c.setting}}}
+		got := a.openOptions(Action{Device: DeviceFacts{Device: volumes.Device{Rotational: c.rotational}}})
+		if got.NoReadWorkqueue != c.read || got.NoWriteWorkqueue != c.write {
+			t.Errorf("%s, rotational %v: %+v", c.setting, c.rotational, got)
+		}
+	}
+}
+
 // TestMappingWithoutATableIsMadeAnew: a run that was killed between loading a table and using it leaves a mapping that shows nothing.
 func TestMappingWithoutATableIsMadeAnew(t *testing.T) {
 	m := newMachine(t)

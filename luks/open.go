@@ -33,8 +33,9 @@ const (
 
 // OpenOptions says how to map a volume.
 type OpenOptions struct {
-	Name         string // of the mapping: 1 to 83 of A-Z a-z 0-9 # + - . : = @ _
-	NoWorkqueues bool   // no_read_workqueue and no_write_workqueue, where the kernel has them (Linux 5.9)
+	Name             string // of the mapping: 1 to 83 of A-Z a-z 0-9 # + - . : = @ _
+	NoReadWorkqueue  bool   // where the kernel has it (Linux 5.9); before 6.1.79, 6.6.18, 6.7.6 and 6.8 it can corrupt memory (CVE-2024-26718)
+	NoWriteWorkqueue bool   // where the kernel has it (Linux 5.9)
 	// Loaded, if it is there, is called when the kernel has the key and the table. Until it returns the volume is not to be seen, and
 	// udev does not look at it: who opens several may have udev wait for the last.
 	Loaded func()
@@ -92,13 +93,12 @@ func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) 
 	// would be another field of the table.
 	v.BackingDevice = i.device
 	v.Flags = slices.Clone(i.checked.flags)
-	if o.NoWorkqueues {
-		for _, f := range []string{flagNoRead, flagNoWrite} {
-			if !slices.Contains(v.Flags, f) {
-				v.Flags = append(v.Flags, f)
-			}
+	for flag, wanted := range map[string]bool{flagNoRead: o.NoReadWorkqueue, flagNoWrite: o.NoWriteWorkqueue} {
+		if wanted && !slices.Contains(v.Flags, flag) {
+			v.Flags = append(v.Flags, flag)
 		}
 	}
+	slices.Sort(v.Flags)
 	if _, err := dm.info(o.Name); err == nil {
 		return fmt.Errorf("%w: %s is mapped already", ErrBusy, o.Name)
 	}

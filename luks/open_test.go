@@ -161,16 +161,19 @@ func TestOpenFixedSize(t *testing.T) {
 func TestOpenFlags(t *testing.T) {
 	t.Parallel()
 
+	both := OpenOptions{NoReadWorkqueue: true, NoWriteWorkqueue: true}
 	for _, c := range []struct {
 		persistent []any
-		ask        bool
+		ask        OpenOptions
 		want       []string
 	}{
-		{nil, false, nil},
-		{nil, true, []string{"no-read-workqueue", "no-write-workqueue"}},
-		{[]any{"allow-discards"}, false, []string{"allow-discards"}},
-		{[]any{"allow-discards", "no-write-workqueue"}, true, []string{"allow-discards", "no-write-workqueue", "no-read-workqueue"}},
-		{[]any{"no-read-workqueue", "no-write-workqueue"}, true, []string{"no-read-workqueue", "no-write-workqueue"}},
+		{nil, OpenOptions{}, nil},
+		{nil, OpenOptions{NoWriteWorkqueue: true}, []string{"no-write-workqueue"}},
+		{nil, OpenOptions{NoReadWorkqueue: true}, []string{"no-read-workqueue"}},
+		{nil, both, []string{"no-read-workqueue", "no-write-workqueue"}},
+		{[]any{"allow-discards"}, OpenOptions{}, []string{"allow-discards"}},
+		{[]any{"allow-discards", "no-write-workqueue"}, both, []string{"allow-discards", "no-read-workqueue", "no-write-workqueue"}},
+		{[]any{"no-read-workqueue", "no-write-workqueue"}, both, []string{"no-read-workqueue", "no-write-workqueue"}},
 	} {
 		path := volume(t)
 		if c.persistent != nil {
@@ -180,8 +183,9 @@ func TestOpenFlags(t *testing.T) {
 		dm := fakeMapper(t)
 		create := dm.create
 		dm.create = func(v *volumeType, name string) error { got = slices.Clone(v.Flags); return create(v, name) }
-		if err := inspected(t, path).open(t.Context(), rightKey(), OpenOptions{Name: "x", NoWorkqueues: c.ask}, dm); err != nil || !slices.Equal(got, c.want) {
-			t.Errorf("%v %v: %q %v", c.persistent, c.ask, got, err)
+		c.ask.Name = "x"
+		if err := inspected(t, path).open(t.Context(), rightKey(), c.ask, dm); err != nil || !slices.Equal(got, c.want) {
+			t.Errorf("%v %+v: %q %v", c.persistent, c.ask, got, err)
 		}
 	}
 }
@@ -198,7 +202,7 @@ func TestOpenOnOldKernels(t *testing.T) {
 		}
 		return create(v, name)
 	}
-	if err := inspected(t, volume(t)).open(t.Context(), rightKey(), OpenOptions{Name: "x", NoWorkqueues: true}, dm); err != nil || len(tried) != 2 {
+	if err := inspected(t, volume(t)).open(t.Context(), rightKey(), OpenOptions{Name: "x", NoReadWorkqueue: true, NoWriteWorkqueue: true}, dm); err != nil || len(tried) != 2 {
 		t.Errorf("%v, tried %q", err, tried)
 	}
 }

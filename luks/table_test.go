@@ -19,7 +19,7 @@ func TestTableRequest(t *testing.T) {
 		want    string // behind the offset
 	}{
 		{OpenOptions{}, nil, "1 sector_size:4096"},
-		{OpenOptions{NoWorkqueues: true}, nil, "3 no_read_workqueue no_write_workqueue sector_size:4096"},
+		{OpenOptions{NoReadWorkqueue: true, NoWriteWorkqueue: true}, nil, "3 no_read_workqueue no_write_workqueue sector_size:4096"},
 		{OpenOptions{}, []any{"allow-discards", "same-cpu-crypt", "submit-from-crypt-cpus"},
 			"4 allow_discards same_cpu_crypt submit_from_crypt_cpus sector_size:4096"},
 	} {

@@ -111,6 +111,8 @@ func inAgent() []protection {
 			[]edit{{observe, "if keys != nil {\n\t\tn.closeUnfinished", "if true {\n\t\tn.closeUnfinished"}}, "./agent TestMappingWithoutATableIsMadeAnew"},
 		{"nobody waits long for a disk that does not answer",
 			[]edit{{"agent/rendezvous.go", "case <-time.After(limit):", "case <-time.After(limit + time.Hour):"}}, "./agent TestNobodyWaitsLongForASickDisk"},
+		{"reads keep their work queue, without which some kernels corrupt memory",
+			[]edit{{apply, "NoReadWorkqueue: off,", "NoReadWorkqueue: true,"}}, "./agent TestWorkqueues"},
 		{"noise that looks like a signature does not keep a volume from being made or mounted",
 			[]edit{{apply, "if err := volumes.ZeroEnds(ctx, a.maps.Path(v.Mapping)); err != nil {", "if false {\n\t\tvar err error"}}, "./agent TestNoiseThatLooksLikeASignature"},
 		{"a format is taken up under the UUID of its record",

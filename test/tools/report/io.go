@@ -16,11 +16,12 @@ import (
 	"gonum.org/v1/plot/vg/draw"
 )
 
-// Subjects of the I/O part of test/vm/bench. The last two differ from the agent's in one thing each.
+// Subjects of the I/O part of test/vm/bench. The last three differ from the agent's in one thing each.
 const (
 	ioRaw     = "raw"
 	ioAgent   = "agent"
 	ioQueues  = "agent, work queues on"
+	ioNone    = "agent, work queues off"
 	ioSectors = "agent, 512-byte sectors"
 )
 
@@ -168,16 +169,22 @@ func (r *ioResults) table() string {
 	return b.String()
 }
 
-// settings has what the agent's two settings are worth.
+// settings has what the agent's settings are worth.
 func (r *ioResults) settings() string {
+	pairs := []struct{ what, a, b string }{
+		{"agent / with both queues", ioAgent, ioQueues}, {"without queues / agent", ioNone, ioAgent}, {"agent / with sectors of 512 bytes", ioAgent, ioSectors},
+	}
 	var b strings.Builder
-	b.WriteString("| median (least – most) | work queues off / on: throughput | p99 latency | sectors of 4096 / 512 bytes: throughput | p99 latency |\n")
-	b.WriteString("| --- | --- | --- | --- | --- |\n")
+	b.WriteString("| median (least – most) |")
+	for _, p := range pairs {
+		fmt.Fprintf(&b, " %s: throughput | p99 latency |", p.what)
+	}
+	b.WriteString("\n| --- |" + strings.Repeat(" --- | --- |", len(pairs)) + "\n")
 	for _, w := range r.ways {
 		fmt.Fprintf(&b, "| %s |", w)
-		ours := r.values[w][ioAgent]
-		for _, other := range []string{ioQueues, ioSectors} {
-			for _, pair := range [][2]map[int]float64{{ours.throughput, r.values[w][other].throughput}, {ours.p99, r.values[w][other].p99}} {
+		for _, p := range pairs {
+			x, y := r.values[w][p.a], r.values[w][p.b]
+			for _, pair := range [][2]map[int]float64{{x.throughput, y.throughput}, {x.p99, y.p99}} {
 				if v, ok := over(pair[0], pair[1]); ok {
 					fmt.Fprintf(&b, " %s |", v)
 				} else {
@@ -215,8 +222,8 @@ func (r *ioResults) plot(file string) error {
 	}
 	p.Y.Tick.Marker = plot.ConstantTicks(names)
 	p.Legend.Top, p.Legend.Left, p.Legend.TextStyle.Font.Size, p.Legend.Padding = true, true, 10, vg.Points(2)
-	shapes := []draw.GlyphDrawer{draw.CircleGlyph{}, draw.BoxGlyph{}, draw.TriangleGlyph{}, draw.PyramidGlyph{}}
-	shades := []color.RGBA{looks[parallel].colour, looks[agent].colour, {0, 0, 0, 255}, looks[systemd].colour} // cryptsetup's and the agent's as everywhere
+	shapes := []draw.GlyphDrawer{draw.CircleGlyph{}, draw.BoxGlyph{}, draw.TriangleGlyph{}, draw.PyramidGlyph{}, draw.SquareGlyph{}}
+	shades := []color.RGBA{looks[parallel].colour, looks[agent].colour, {0, 0, 0, 255}, looks[systemd].colour, looks[clevis].colour} // cryptsetup's and the agent's as everywhere
 	least, most := math.Inf(1), 1.0
 	for i, s := range r.mapped() {
 		var data ioSpreads
@@ -226,7 +233,7 @@ func (r *ioResults) plot(file string) error {
 				continue
 			}
 			// Beside each other, not on each other.
-			y := -float64(line) + 0.27 - 0.18*float64(i)
+			y := -float64(line) + 0.3 - 0.15*float64(i)
 			data.XYs = append(data.XYs, plotter.XY{X: v.median, Y: y})
 			data.XErrors = append(data.XErrors, struct{ Low, High float64 }{v.median - v.low, v.high - v.median})
 			least, most = min(least, v.low), max(most, v.high)

@@ -9,6 +9,15 @@ import (
 
 const header = "phase,subject,volumes,round,seconds,cpu_seconds,processes,largest_kib,sum_kib,kms_calls,imds_calls,written_bytes\n"
 
+const ioHeader = "subject,sector_bytes,workqueues,pattern,block_bytes,jobs,depth,round,bytes_per_second,iops,p99_us\n"
+
+const ioRows = `raw,,,sequential read,4096,1,1,1,4000,10,100
+cryptsetup defaults,512,on,sequential read,4096,1,1,1,1000,10,400
+agent,4096,off,sequential read,4096,1,1,1,2000,10,200
+"agent, work queues on",4096,on,sequential read,4096,1,1,1,1600,10,300
+"agent, 512-byte sectors",512,off,sequential read,4096,1,1,1,500,10,800
+`
+
 // given returns a directory with results as the benchmark leaves them.
 func given(t *testing.T, rows string) string {
 	t.Helper()
@@ -17,6 +26,7 @@ func given(t *testing.T, rows string) string {
 		"results.csv": header + rows,
 		"machine.txt": "Measured here.\n",
 		"fleet.csv":   "nodes,quota,boot,ready_by_quota,requests_per_node\n10000,50,100,1.09,1.91\n10000,70,100,1.13,1.34\n",
+		"io.csv":      ioHeader + ioRows,
 	} {
 		if err := os.WriteFile(filepath.Join(dir, file), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -87,6 +97,7 @@ func TestGoals(t *testing.T) {
 		"| agent | 2.00 (1.00 – 6.00) | 4.00 (4.00 – 4.00; 1) |",
 		"| cryptsetup pbkdf2, parallel | 5.00 (5.00 – 5.00; 1)<br>2.50 × |",
 		"## What was slow",
+		"| sequential read, 4 KiB, 1 job |",
 	} {
 		if !strings.Contains(string(b), want) {
 			t.Errorf("the page does not have %q", want)

@@ -24,16 +24,17 @@ type ioSubject struct {
 	setup  string // in bash; the serial is its last argument
 }
 
-// ioSubjects are those that match. The last two differ from the agent's in one thing each.
+// ioSubjects are those that match. The last three differ from the agent's in one thing each.
 func ioSubjects(wanted *regexp.Regexp) []ioSubject {
 	var list []ioSubject
 	for _, s := range []ioSubject{
 		{"raw", "raw", ":"},
 		{"cryptsetup defaults", "defaults", "io_cryptsetup '' ''"},
-		{"agent", "agent", "io_agent off"},
-		{"agent, work queues on", "queues", "io_agent on"},
+		{"agent", "agent", "io_agent auto"},
+		{"agent, work queues on", "on", "io_agent on"},
+		{"agent, work queues off", "off", "io_agent off"},
 		// The agent takes 512 only where it must.
-		{"agent, 512-byte sectors", "sectors", "io_cryptsetup '--sector-size 512' '--perf-no_read_workqueue --perf-no_write_workqueue'"},
+		{"agent, 512-byte sectors", "sectors", "io_cryptsetup '--sector-size 512' --perf-no_write_workqueue"},
 	} {
 		if wanted.MatchString("io: " + s.name) {
 			list = append(list, s)
@@ -135,8 +136,11 @@ func mapping(device, options string) []string {
 			sector = size
 		}
 	}
-	if strings.Contains(options, "no_read_workqueue") && strings.Contains(options, "no_write_workqueue") {
+	switch {
+	case strings.Contains(options, "no_read_workqueue"):
 		queues = "off"
+	case strings.Contains(options, "no_write_workqueue"):
+		queues = "for reads only"
 	}
 	return []string{sector, queues}
 }
@@ -152,7 +156,7 @@ func fioJobs(runs []ioRun) string {
 	const global = `[global]
 direct=1
 time_based=1
-runtime=1400ms
+runtime=1100ms
 size=16m
 offset_increment=16m
 group_reporting=1
@@ -221,6 +225,7 @@ io_disk() { readlink -f /dev/disk/by-id/virtio-$1; }
 io_fill() { dd if=/dev/zero of=$(io_disk $1) bs=4M count=40 oflag=direct status=none; }
 io_agent() { # WORKQUEUES DISK
 	echo "workqueues: $1" >>/root/bench-io-$2.yaml
+	echo 0 >/sys/block/$(basename $(io_disk $2))/queue/rotational # as EC2's; a virtio disk says that it rotates
 	mkdir -p /bench/io-$2
 	agent io-$2 run >/dev/null
 	umount /bench/io-$2

@@ -26,7 +26,7 @@ func inProbe() []protection {
 		one("a disk is only blank if 16 MiB at each end are zero",
 			file, `const proofLength = 16 << 20`, `const proofLength = 15 << 20`, probe+"first byte of the last 16 MiB"),
 		one("a disk whose ends cannot be read is not blank",
-			file, `if _, err := f.ReadAt(buffer[:n], offset); err != nil {`, `if _, err := f.ReadAt(buffer[:n], offset); false {`, "./volumes TestUnreadableIsNotBlank"),
+			file, "\t\tif err != nil {\n\t\t\treturn 0, 0, err\n\t\t}\n\t\tif first < 0", "\t\tif first < 0", "./volumes TestUnreadableIsNotBlank"),
 		one("that blkid finds nothing on a mapping only counts if both ends can be read",
 			file, `if deep >= readable {`, `if deep >= provenZero {`, "./volumes TestUnreadableIsNotBlank"),
 		one("what has no size is not blank",

@@ -239,16 +239,16 @@ func digits(v float64) string {
 // costs has what a phase costs besides time, at one number of volumes.
 func (r *results) costs(phase string, volumes int) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "| %d volumes, medians | CPU, s | processes | largest, MiB | together, MiB | KMS calls | IMDS calls | written, MiB |\n", volumes)
-	b.WriteString("| --- | --- | --- | --- | --- | --- | --- | --- |\n")
+	fmt.Fprintf(&b, "| %d volumes, medians | ended after, s | CPU, s | processes | largest, MiB | together, MiB | KMS calls | IMDS calls | written, MiB |\n", volumes)
+	b.WriteString("| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n")
 	for _, s := range r.subjects[phase] {
 		var cells []string
 		for _, c := range []struct {
 			column string
 			unit   float64
-		}{{"cpu_seconds", 1}, {"processes", 1}, {"largest_kib", 1024}, {"sum_kib", 1024}, {"kms_calls", 1}, {"imds_calls", 1}, {"written_bytes", 1 << 20}} {
+		}{{"ended_seconds", 1}, {"cpu_seconds", 1}, {"processes", 1}, {"largest_kib", 1024}, {"sum_kib", 1024}, {"kms_calls", 1}, {"imds_calls", 1}, {"written_bytes", 1 << 20}} {
 			if m, ok := r.median(point{phase, s, volumes}, c.column); ok {
-				cells = append(cells, strconv.FormatFloat(m/c.unit, 'f', map[bool]int{true: 1}[c.unit != 1 || c.column == "cpu_seconds"], 64))
+				cells = append(cells, strconv.FormatFloat(m/c.unit, 'f', map[bool]int{true: 1}[c.unit != 1 || strings.HasSuffix(c.column, "seconds")], 64))
 			}
 		}
 		if len(cells) > 0 {

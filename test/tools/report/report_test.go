@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-const header = "phase,subject,volumes,round,seconds,cpu_seconds,processes,largest_kib,sum_kib,kms_calls,imds_calls,written_bytes\n"
+const header = "phase,subject,volumes,round,seconds,ended_seconds,cpu_seconds,processes,largest_kib,sum_kib,kms_calls,imds_calls,written_bytes\n"
 
 const ioHeader = "subject,sector_bytes,workqueues,pattern,block_bytes,jobs,depth,round,bytes_per_second,iops,p99_us\n"
 
@@ -35,17 +35,17 @@ func given(t *testing.T, rows string) string {
 	return dir
 }
 
-const measured = `reboot,agent,8,1,2,1,1,10240,10240,1,4,0
-reboot,agent,8,2,1,1,1,10240,10240,1,4,0
-reboot,agent,8,3,6,1,1,10240,10240,2,4,0
-reboot,floor and KMS,8,1,1.6,1,1,10240,10240,1,3,0
-reboot,floor and KMS,8,2,1.4,1,1,10240,10240,1,3,0
-reboot,"cryptsetup pbkdf2, serial",8,1,9,1,1,10240,10240,0,0,0
-reboot,"cryptsetup pbkdf2, parallel",8,1,5,1,1,10240,10240,0,0,0
-reboot,agent,24,1,4,1,1,10240,10240,1,4,0
-reboot,"cryptsetup pbkdf2, serial",24,1,57,1,1,10240,10240,0,0,0
-reboot,"cryptsetup pbkdf2, parallel",24,1,13,1,1,10240,10240,0,0,0
-reboot,"cryptsetup defaults, serial",8,1,24,1,1,10240,10240,0,0,0
+const measured = `reboot,agent,8,1,2,2,1,1,10240,10240,1,4,0
+reboot,agent,8,2,1,1,1,1,10240,10240,1,4,0
+reboot,agent,8,3,6,6,1,1,10240,10240,2,4,0
+reboot,floor and KMS,8,1,1.6,1.6,1,1,10240,10240,1,3,0
+reboot,floor and KMS,8,2,1.4,1.4,1,1,10240,10240,1,3,0
+reboot,"cryptsetup pbkdf2, serial",8,1,9,9,1,1,10240,10240,0,0,0
+reboot,"cryptsetup pbkdf2, parallel",8,1,5,5,1,1,10240,10240,0,0,0
+reboot,agent,24,1,4,4,1,1,10240,10240,1,4,0
+reboot,"cryptsetup pbkdf2, serial",24,1,57,57,1,1,10240,10240,0,0,0
+reboot,"cryptsetup pbkdf2, parallel",24,1,13,13,1,1,10240,10240,0,0,0
+reboot,"cryptsetup defaults, serial",8,1,24,24,1,1,10240,10240,0,0,0
 `
 
 func TestSpread(t *testing.T) {

@@ -77,9 +77,10 @@ const Storage = "STORAGE"
 
 // Cost is what a command that `guest meter` ran has cost the machine.
 type Cost struct {
-	Seconds    float64 // from its start to its end
-	CPUSeconds float64 // of all processors, whoever worked
-	Processes  int     // that ended meanwhile, the command's own included
-	LargestKiB int64   // peak resident memory of the largest of them
-	SumKiB     int64   // the same of those that lived at the same time
+	Seconds        float64 // from its start to its end
+	MountedSeconds float64 // from its start to the last time that something was mounted; 0 where nothing was
+	CPUSeconds     float64 // of all processors, whoever worked
+	Processes      int     // that ended meanwhile, the command's own included
+	LargestKiB     int64   // peak resident memory of the largest of them
+	SumKiB         int64   // the same of those that lived at the same time
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"slices"
@@ -30,9 +31,16 @@ func meter(file string, args []string) error {
 	if err != nil {
 		return err
 	}
+	lastMount, err := watchMounts()
+	if err != nil {
+		return err
+	}
 	begin := time.Now()
 	failed := cmd.Run()
 	cost := channel.Cost{Seconds: time.Since(begin).Seconds()}
+	if last := lastMount(); !last.IsZero() {
+		cost.MountedSeconds = last.Sub(begin).Seconds()
+	}
 	after, err := busyTime()
 	if err != nil {
 		return err
@@ -49,6 +57,48 @@ func meter(file string, args []string) error {
 		return err
 	}
 	return errors.Join(os.WriteFile(file, b, 0o600), failed)
+}
+
+// watchMounts notes when something is mounted, until the function that it returns is called: it says when that was for the last time.
+func watchMounts() (stop func() time.Time, err error) {
+	f, err := os.Open("/proc/self/mounts")
+	if err != nil {
+		return nil, err
+	}
+	count := func() int {
+		_, _ = f.Seek(0, io.SeekStart)
+		b, _ := io.ReadAll(f)
+		return bytes.Count(b, []byte("\n"))
+	}
+	var last time.Time
+	most := count()
+	stopping, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		defer f.Close()
+		for {
+			// proc(5): a change of the mounts is an exceptional event.
+			changed := []unix.PollFd{{Fd: int32(f.Fd()), Events: unix.POLLPRI}}
+			n, err := unix.Poll(changed, 50)
+			now := time.Now()
+			if err == nil && n > 0 {
+				if c := count(); c > most {
+					last, most = now, c
+				}
+				continue
+			}
+			select {
+			case <-stopping:
+				return
+			default:
+			}
+		}
+	}()
+	return func() time.Time {
+		close(stopping)
+		<-done
+		return last
+	}, nil
 }
 
 // busyTime is what all processors together have worked since the boot.

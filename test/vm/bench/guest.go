@@ -106,15 +106,15 @@ clevis_setup() { # FROM NUMBER URL THUMBPRINT
 	closeall
 }
 open_clevis() { local i; for ((i = $1; i < $1 + n; i++)); do clevis luks unlock -d /dev/loop$i -n b$i; mount /dev/mapper/b$i /bench/$i; done; }
-# Mount points of their own: the agent takes none that has a line in fstab.
+# Mount points of their own: the agent takes none that has a line in fstab. Mappings too: systemd takes part where one in crypttab is opened.
 systemd_setup() {
 	local i
 	: >/etc/crypttab
 	: >/etc/fstab
 	for ((i = 10; i < 10 + $1; i++)); do
 		mkdir -p /sysd/$i
-		echo "b$i /dev/loop$i /run/bench/key luks,noauto,nofail" >>/etc/crypttab
-		echo "/dev/mapper/b$i /sysd/$i ext4 noauto,nofail 0 0" >>/etc/fstab
+		echo "s$i /dev/loop$i /run/bench/key luks,noauto,nofail" >>/etc/crypttab
+		echo "/dev/mapper/s$i /sysd/$i ext4 noauto,nofail 0 0" >>/etc/fstab
 	done
 	systemctl daemon-reload
 }

@@ -118,7 +118,7 @@ func luksFormat(ctx context.Context, path string, o FormatOptions, sectorSize in
 		"--pbkdf-force-iterations", fmt.Sprint(minIterations), // for the same reason; also makes it not measure the machine
 		"--sector-size", fmt.Sprint(sectorSize), // else it depends on the device and the release
 		"--offset", fmt.Sprint(DataOffset/512), // in sectors of 512; else it depends on the device's optimal I/O size
-		"--luks2-keyslots-size", fmt.Sprint(keyslotsSize),
+		"--luks2-keyslots-size", fmt.Sprint(keyslotsSize), // else all up to the data, which it fills with noise
 		"--key-slot", "0", // the one that the token names
 		"--uuid", o.UUID, // preset: the caller's record has it before the header does
 		"--label", o.Label,

@@ -255,6 +255,7 @@ func sameArea(a, b io.ReaderAt, offset int64) (bool, error) {
 	return true, nil
 }
 
+// inspectHeader is inspect but for the area of the keyslot.
 func inspectHeader(r io.ReaderAt, size int64) (*Inspection, error) {
 	i := &Inspection{Size: size, Kind: KindNone}
 

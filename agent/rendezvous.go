@@ -11,17 +11,17 @@ const longestWait = 3 * time.Second
 
 // A rendezvous has volumes go live at the same time that are opened at the same time, under one key. With each that does, udev starts
 // programs to look at it, and they take the processors from the volumes that are still being unsealed.
-type rendezvous struct{ sync.WaitGroup }
+type rendezvous struct{ busy sync.WaitGroup }
 
 // A place is that of one volume in it.
 type place struct {
-	*rendezvous
+	at    *rendezvous
 	leave func() // when its table is loaded, or it failed; again does nothing
 }
 
 func (r *rendezvous) enter() place {
-	r.Add(1)
-	return place{r, sync.OnceFunc(r.Done)}
+	r.busy.Add(1)
+	return place{r, sync.OnceFunc(r.busy.Done)}
 }
 
 // wait leaves, and returns when all have left, or after the limit.
@@ -30,7 +30,7 @@ func (p place) wait(limit time.Duration) {
 	all := make(chan struct{})
 	go func() {
 		defer close(all)
-		p.Wait()
+		p.at.busy.Wait()
 	}()
 	select {
 	case <-all:

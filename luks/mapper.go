@@ -28,7 +28,7 @@ const (
 // A mapper is the few things of the kernel and udev that opening and closing need. Tests bring their own, everything else has kernelMapper.
 type mapper struct {
 	create  func(v *luksgo.Volume, name string) error // with its table loaded, and not in use yet
-	resume  func(name string) error
+	resume  func(name string) error                   // now there is a volume to be seen, and udev is told
 	remove  func(name string) error
 	info    func(name string) (*devmapper.DeviceInfo, error)
 	targets func() ([]string, error) // known to the kernel now
@@ -40,7 +40,7 @@ type mapper struct {
 func kernelMapper() mapper {
 	return mapper{
 		create:  createMapping,
-		resume:  resumeMapping,
+		resume:  devmapper.Resume,
 		remove:  luksgo.Lock,
 		info:    devmapper.InfoByName,
 		targets: kernelTargets,
@@ -113,7 +113,7 @@ func Announce(name string) error {
 	return nil
 }
 
-// explain turns the kernel's answer to a creation into one of our errors. What was created is removed by then.
+// explain turns the kernel's answer to a creation or a resume into one of our errors.
 func (dm mapper) explain(err error) error {
 	switch {
 	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.EEXIST):

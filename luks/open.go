@@ -115,10 +115,12 @@ func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) 
 	if o.Loaded != nil {
 		o.Loaded()
 	}
-	if err := dm.resume(o.Name); err != nil {
-		return dm.explain(err)
+	if err = dm.resume(o.Name); err != nil {
+		err = dm.explain(err)
+	} else {
+		err = dm.makeNode(ctx, o.Name)
 	}
-	if err := dm.makeNode(ctx, o.Name); err != nil {
+	if err != nil {
 		if undo := dm.undo(o.Name); undo != nil {
 			return fmt.Errorf("%w (and the mapping could not be removed: %w)", err, undo)
 		}

@@ -640,6 +640,24 @@ func TestLoadedIsBeforeUse(t *testing.T) {
 	}
 }
 
+// TestNothingStaysWhereTheTableIsNotUsed: a resume that fails leaves no mapping, also where udev holds it for a moment.
+func TestNothingStaysWhereTheTableIsNotUsed(t *testing.T) {
+	dm := fakeMapper(t)
+	dm.resume = func(string) error { return os.NewSyscallError("dm ioctl", unix.EIO) }
+	remove, held := dm.remove, true
+	dm.remove = func(name string) error {
+		if held {
+			held = false
+			return os.NewSyscallError("dm ioctl", unix.EBUSY)
+		}
+		return remove(name)
+	}
+	err := inspected(t, volume(t)).open(t.Context(), rightKey(), OpenOptions{Name: "x"}, dm)
+	if _, there := dm.info("x"); !errors.Is(err, unix.EIO) || there == nil {
+		t.Errorf("%v, and it is mapped: %v", err, there == nil)
+	}
+}
+
 // TestCloseUnfinished: only a mapping of LUKS2 without a table in use is one that a killed run left.
 func TestCloseUnfinished(t *testing.T) {
 	for _, test := range []struct {

@@ -16,9 +16,9 @@ import (
 
 const sector = 512 // device-mapper's unit, bytes
 
-// createMapping maps a volume as luks.go's SetupMapper does, but for the end, which is resumeMapping's, and for the table: there the
-// volume key is text, of which luks.go and devmapper.go leave three copies in memory. Here it stands in one buffer that is wiped, and
-// the kernel is told to wipe its own.
+// createMapping makes the mapping of a volume and loads its table; a resume makes it the one in use. luks.go's SetupMapper does both, but
+// there the volume key is text, of which luks.go and devmapper.go leave three copies in memory. Here it stands in one buffer that is
+// wiped, and the kernel is told to wipe its own.
 func createMapping(v *luksgo.Volume, name string) error {
 	// As cryptsetup names it (dm_prepare_uuid in its lib/libdevmapper.c).
 	uuid := fmt.Sprintf("CRYPT-%s-%s-%s", v.LuksType, strings.ReplaceAll(v.UUID, "-", ""), name)
@@ -26,15 +26,6 @@ func createMapping(v *luksgo.Volume, name string) error {
 		return err
 	}
 	err := loadTable(v, name)
-	if err != nil {
-		_ = devmapper.Remove(name) // the first error is the one that matters
-	}
-	return err
-}
-
-// resumeMapping makes the table that was loaded the one in use. Now there is a volume to be seen, and udev is told.
-func resumeMapping(name string) error {
-	err := devmapper.Resume(name)
 	if err != nil {
 		_ = devmapper.Remove(name) // the first error is the one that matters
 	}

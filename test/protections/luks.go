@@ -392,6 +392,8 @@ func inOpening() []protection {
 			open, `return sameArea(f, i.area, i.checked.areaOffset)`, `return true, nil`, "./luks TestOpenRefusesWhatChanged"),
 		one("the volume key is not kept while other volumes are waited for",
 			open, "\twipe(v)\n\tif err != nil {\n\t\treturn dm.explain(err)", "\tif err != nil {\n\t\treturn dm.explain(err)", "./luks TestLoadedIsBeforeUse"),
+		one("a mapping whose table cannot be used does not stay",
+			open, "err = dm.explain(err)\n\t} else {", "return dm.explain(err)\n\t} else {", "./luks TestNothingStaysWhereTheTableIsNotUsed"),
 		one("a mapping with a table in use is not closed as unfinished",
 			"luks/close.go", `info.Flags&unix.DM_ACTIVE_PRESENT_FLAG != 0 || `, ``, "./luks TestCloseUnfinished"),
 		one("a mapping of somebody else's is not closed as unfinished",

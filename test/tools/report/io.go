@@ -1,11 +1,9 @@
 package main
 
 import (
-	"encoding/csv"
 	"fmt"
 	"image/color"
 	"math"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -60,14 +58,9 @@ type ioResults struct {
 }
 
 func readIO(file string) (*ioResults, error) {
-	f, err := os.Open(file)
+	rows, err := readCSV(file)
 	if err != nil {
 		return nil, err
-	}
-	defer f.Close()
-	rows, err := csv.NewReader(f).ReadAll()
-	if err != nil {
-		return nil, fmt.Errorf("cannot read %s: %w", file, err)
 	}
 	r := &ioResults{mappings: map[string]string{}, values: map[ioWay]map[string]ioValues{}}
 	for i, row := range rows {
@@ -104,9 +97,6 @@ func readIO(file string) (*ioResults, error) {
 	return r, nil
 }
 
-// spread is the least, the median and the most.
-type spread struct{ low, median, high float64 }
-
 // over is the ratio of two subjects in each round: what disturbs a round disturbs both.
 func over(a, b map[int]float64) (spread, bool) {
 	var ratios []float64
@@ -115,11 +105,7 @@ func over(a, b map[int]float64) (spread, bool) {
 			ratios = append(ratios, v/b[round])
 		}
 	}
-	if len(ratios) == 0 {
-		return spread{}, false
-	}
-	slices.Sort(ratios)
-	return spread{ratios[0], (ratios[(len(ratios)-1)/2] + ratios[len(ratios)/2]) / 2, ratios[len(ratios)-1]}, true
+	return spreadOf(ratios)
 }
 
 func (s spread) String() string {
@@ -155,8 +141,8 @@ func (r *ioResults) table() string {
 		for _, v := range raw {
 			all = append(all, v/(1<<20))
 		}
-		slices.Sort(all)
-		fmt.Fprintf(&b, "| %s | %s |", w, digits((all[(len(all)-1)/2]+all[len(all)/2])/2))
+		s, _ := spreadOf(all)
+		fmt.Fprintf(&b, "| %s | %s |", w, digits(s.median))
 		for _, s := range r.mapped() {
 			if v, ok := over(r.values[w][s].throughput, raw); ok {
 				fmt.Fprintf(&b, " %s |", v)

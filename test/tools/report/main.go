@@ -180,13 +180,21 @@ func readFleet(file string) (map[string]float64, error) {
 	return nil, fmt.Errorf("cannot read %s: the reference is not in it", file)
 }
 
-// spread is the least, the median and the largest of a point's values.
-func (r *results) spread(p point, column string) (low, median, high float64, ok bool) {
-	v := slices.Sorted(slices.Values(r.values[p][column]))
+// spread is the least, the median and the most.
+type spread struct{ low, median, high float64 }
+
+func spreadOf(values []float64) (spread, bool) {
+	v := slices.Sorted(slices.Values(values))
 	if len(v) == 0 {
-		return 0, 0, 0, false
+		return spread{}, false
 	}
-	return v[0], (v[(len(v)-1)/2] + v[len(v)/2]) / 2, v[len(v)-1], true
+	return spread{v[0], (v[(len(v)-1)/2] + v[len(v)/2]) / 2, v[len(v)-1]}, true
+}
+
+// spread is that of a point's values.
+func (r *results) spread(p point, column string) (low, median, high float64, ok bool) {
+	s, ok := spreadOf(r.values[p][column])
+	return s.low, s.median, s.high, ok
 }
 
 // median is that of a point, and false where it was not measured.

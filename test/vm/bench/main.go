@@ -233,7 +233,6 @@ func phases() []phase {
 		near, far = 20 * time.Millisecond, 100 * time.Millisecond
 		ours      = "'--pbkdf pbkdf2 --pbkdf-force-iterations 1000'"
 	)
-	const openParallel = "open_parallel"
 	return []phase{
 		{name: "reboot", subjects: []subject{
 			{name: "floor", command: "floor_open"},
@@ -242,14 +241,14 @@ func phases() []phase {
 			{name: "agent, KMS 20 ms away", command: "agent $n run", latency: near, at: some},
 			{name: "agent, KMS 100 ms away", command: "agent $n run", latency: far, at: some},
 			{name: "cryptsetup pbkdf2, serial", command: fmt.Sprintf("open_serial %d", firstVolume), slow: true},
-			{name: "cryptsetup pbkdf2, parallel", command: openParallel},
+			{name: "cryptsetup pbkdf2, parallel", command: "open_parallel"},
 			{name: "systemd-cryptsetup pbkdf2", command: "open_systemd", slow: true},
 			{name: "clevis with tang", command: fmt.Sprintf("open_clevis %d", firstClevis), at: few, slow: true},
 			{name: "cryptsetup defaults, serial", command: fmt.Sprintf("open_serial %d", firstDefaults), at: few, slow: true},
 		}},
 		{name: "reboot", slow: true, cold: true, subjects: []subject{
 			{name: "agent, cold caches", command: "agent $n run", at: few},
-			{name: "cryptsetup pbkdf2, parallel, cold caches", command: openParallel, at: few},
+			{name: "cryptsetup pbkdf2, parallel, cold caches", command: "open_parallel", at: few},
 		}},
 		{name: "first boot", setup: "blank $n; rm -rf /var/lib/luks-kms-agent-first", slow: true, subjects: []subject{
 			{name: "floor", command: "floor_format", at: made},
@@ -301,12 +300,14 @@ func (b *bench) one(p phase, s subject, n, round int) {
 	if p.cold {
 		caches = "freeze"
 	}
-	before := b.sh(fmt.Sprintf("n=%d; %s; %s; written", n, cmp.Or(p.setup, ":"), caches))
+	var before, after, mounted int
+	if _, err := fmt.Sscan(b.sh(fmt.Sprintf("n=%d; %s; %s; written", n, cmp.Or(p.setup, ":"), caches)), &before); err != nil {
+		b.Fatalf("%s: cannot read how much was written before it: %v", s.name, err)
+	}
 	b.slowKMS(s.latency)
 	b.n.KMS.Forget()
 	b.n.IMDS.Forget()
 	cost := b.n.Meter(fmt.Sprintf("set -eu; . /root/bench.sh; n=%d; %s >/dev/null", n, s.command), 20*time.Minute)
-	var after, mounted int
 	if _, err := fmt.Sscan(b.sh("written; mounted; closeall"), &after, &mounted); err != nil || mounted != n && s.command != "floor_format" {
 		b.Fatalf("%s: %d volumes are mounted, want %d (%v)", s.name, mounted, n, err)
 	}
@@ -314,7 +315,7 @@ func (b *bench) one(p phase, s subject, n, round int) {
 		p.name, s.name, strconv.Itoa(n), strconv.Itoa(round + 1), fmt.Sprintf("%.3f", cmp.Or(cost.MountedSeconds, cost.Seconds)),
 		fmt.Sprintf("%.3f", cost.Seconds), fmt.Sprintf("%.2f", cost.CPUSeconds),
 		strconv.Itoa(cost.Processes), strconv.FormatInt(cost.LargestKiB, 10), strconv.FormatInt(cost.SumKiB, 10),
-		strconv.Itoa(len(b.n.KMS.Calls())), strconv.Itoa(len(b.n.IMDS.Requests())), strconv.Itoa(after - number(before)),
+		strconv.Itoa(len(b.n.KMS.Calls())), strconv.Itoa(len(b.n.IMDS.Requests())), strconv.Itoa(after - before),
 	}
 	b.Logf("%s", strings.Join(row, "\t"))
 	b.rows = append(b.rows, row)
@@ -335,11 +336,6 @@ func (b *bench) machine(took time.Duration) string {
 	return fmt.Sprintf("Measured on %s with `%s` by QEMU's emulation (TCG) of 2 processors on %d of %s; the guest: Debian 12, Linux %s. The run took %.0f minutes.\n",
 		time.Now().UTC().Format(time.DateOnly), strings.TrimSpace(b.n.Sh("luks-kms-agent version")), runtime.NumCPU(), host,
 		strings.ReplaceAll(guest, " ,", ","), took.Minutes())
-}
-
-func number(text string) int {
-	n, _ := strconv.Atoi(strings.TrimSpace(text))
-	return n
 }
 
 func save(file string, columns []string, rows [][]string) error {

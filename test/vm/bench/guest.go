@@ -18,6 +18,7 @@ func (b *bench) slowKMS(by time.Duration) {
 // guestScript has the peers and what is around them. Volumes are /dev/loop10 and up, the passphrase is in /run/bench/key, on a tmpfs.
 // What is measured starts no program that a user's script would not start.
 const guestScript = `
+# A disk has no page cache below it, so the loop devices that stand for disks must do without.
 slice() { # STORES PER_STORE BYTES
 	mkdir -p /run/bench /bench
 	local i=10 s k d
@@ -26,7 +27,7 @@ slice() { # STORES PER_STORE BYTES
 		losetup -d /dev/loop$s
 		for k in $(seq 0 $(($2 - 1))); do
 			[ -b /dev/loop$i ] || mknod -m 0660 /dev/loop$i b 7 $i
-			losetup -o $((k * $3)) --sizelimit $3 /dev/loop$i $d
+			losetup --direct-io=on -o $((k * $3)) --sizelimit $3 /dev/loop$i $d
 			mkdir -p /bench/$i
 			i=$((i + 1))
 		done

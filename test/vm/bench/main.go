@@ -215,7 +215,6 @@ type subject struct {
 type phase struct {
 	name     string
 	setup    string // before each measurement, not measured
-	slow     bool   // three rounds only, for all
 	cold     bool   // programs, too, have to be read from the disk first
 	full     int    // with more volumes than this, three rounds only; 0: no matter how many
 	subjects []subject
@@ -247,9 +246,9 @@ func phases() []phase {
 			{name: "clevis with tang", command: fmt.Sprintf("open_clevis %d", firstClevis), at: few, slow: true},
 			{name: "cryptsetup defaults, serial", command: fmt.Sprintf("open_serial %d", firstDefaults), at: few, slow: true},
 		}},
-		{name: "reboot", slow: true, cold: true, subjects: []subject{
-			{name: "agent, cold caches", command: "agent $n run", at: few},
-			{name: "cryptsetup pbkdf2, parallel, cold caches", command: "open_parallel", at: few},
+		{name: "reboot", cold: true, subjects: []subject{
+			{name: "agent, cold caches", command: "agent $n run", at: few, slow: true},
+			{name: "cryptsetup pbkdf2, parallel, cold caches", command: "open_parallel", at: few, slow: true},
 		}},
 		{name: "first boot", setup: "blank $n; rm -rf /var/lib/luks-kms-agent-first", full: slowVolumes, subjects: []subject{
 			{name: "floor", command: "floor_format"},
@@ -278,7 +277,7 @@ func (b *bench) measure(counts []int, rounds int, wanted *regexp.Regexp) {
 				// Each time in another order: who comes after a run of the same program is faster. The same orders in each run of the benchmark.
 				for _, i := range rand.New(rand.NewPCG(uint64(round), uint64(n))).Perm(len(p.subjects)) {
 					s := p.subjects[i]
-					if (s.at == nil || slices.Contains(s.at, n)) && (round < slowRounds || !s.slow && !p.slow && (p.full == 0 || n <= p.full)) {
+					if (s.at == nil || slices.Contains(s.at, n)) && (round < slowRounds || !s.slow && (p.full == 0 || n <= p.full)) {
 						b.one(p, s, n, round)
 					}
 				}

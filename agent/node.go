@@ -27,6 +27,7 @@ type cloud interface {
 	CheckKey(context.Context) (keycache.KeyFacts, error)
 	Generate(context.Context) (*keycache.Key, keycache.KeyRecord, error)
 	Decrypt(context.Context, keycache.KeyRecord) (*keycache.Key, error)
+	ReEncrypt(context.Context, keycache.KeyRecord) (keycache.KeyRecord, error)
 	Calls() keycache.Calls
 }
 

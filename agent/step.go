@@ -5,7 +5,7 @@ package agent
 // same key and without formatting a volume that was ready.
 type step string
 
-// The steps, in the order in which a first boot reaches them.
+// The steps, in the order in which a first boot, and then what else there is, reaches them.
 const (
 	stepQuarantined step = "records of another instance are moved aside"
 	stepKeyMade     step = "the data key is made"
@@ -21,6 +21,8 @@ const (
 	stepAdoptedKey  step = "the key record of an adopted volume is durable"
 	stepAdopted     step = "the record of an adopted volume is durable"
 	stepRestored    step = "the primary header is restored"
+	stepRewrapped   step = "the key record is rewrapped"
+	stepReplaced    step = "the token is replaced"
 	stepWiped       step = "the keys are wiped"
 )
 

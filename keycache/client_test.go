@@ -151,6 +151,84 @@ func TestGenerateAndDecrypt(t *testing.T) {
 	}
 }
 
+func TestReEncrypt(t *testing.T) {
+	n := newNode(t)
+	k, r := n.generate(t)
+	to := n.kms.NewKey(kmstest.KeySpec{})
+	n.kms.Alias("alias/next", to)
+	for name, key := range map[string]string{"ARN": to, "id": to[strings.LastIndex(to, "/")+1:], "alias": "alias/next"} {
+		other, err := New(Options{KeyID: key, KMSEndpoint: n.kms.URL(), IMDSEndpoint: n.imds.URL()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := other.ReEncrypt(t.Context(), r)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		calls := n.kms.Calls()
+		last := calls[len(calls)-1]
+		want := r
+		want.KeyARN, want.WrappedKey, want.RequestID = to, got.WrappedKey, last.RequestID
+		if !reflect.DeepEqual(got, want) || bytes.Equal(got.WrappedKey, r.WrappedKey) {
+			t.Errorf("%s: %+v", name, got)
+		}
+		if last.Op != "ReEncrypt" || last.KeyID != r.KeyARN || last.To != key || last.ContextSent {
+			t.Errorf("%s: call %+v", name, last)
+		}
+		if c := other.Calls(); c.ReEncrypt != 1 || c.Decrypt != 0 {
+			t.Errorf("%s: counted %+v", name, c)
+		}
+		again, err := other.Decrypt(t.Context(), got)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if !again.Equal(k) {
+			t.Errorf("%s: it holds another data key", name)
+		}
+		again.Wipe()
+	}
+}
+
+func TestReEncryptTrustsNoAnswer(t *testing.T) {
+	other := "arn:aws:kms:" + kmstest.Region + ":" + kmstest.Account + ":key/1234abcd-12ab-34cd-56ef-1234567890ab"
+	for name, c := range map[string]struct {
+		rewrite func(answer map[string]any)
+		want    Reason
+	}{
+		"under another key":          {func(a map[string]any) { a["KeyId"] = other }, ReasonAnswer},
+		"decrypted under another":    {func(a map[string]any) { a["SourceKeyId"] = other }, ReasonAnswer},
+		"no key":                     {func(a map[string]any) { delete(a, "KeyId") }, ReasonUnavailable},
+		"no wrapped key":             {func(a map[string]any) { delete(a, "CiphertextBlob") }, ReasonUnavailable},
+		"a wrapped key that is long": {func(a map[string]any) { a["CiphertextBlob"] = make([]byte, maxWrapped+1) }, ReasonAnswer},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			_, r := n.generate(t)
+			n.kms.Fail(kmstest.Fault{Op: "ReEncrypt", Rewrite: c.rewrite})
+			_, err := n.ReEncrypt(t.Context(), r)
+			expect(t, err, c.want, "")
+		})
+	}
+}
+
+func TestReEncryptRefusals(t *testing.T) {
+	n := newNode(t)
+	_, r := n.generate(t)
+	other := r
+	other.KeyARN = n.kms.NewKey(kmstest.KeySpec{})
+	_, err := n.ReEncrypt(t.Context(), other)
+	expect(t, err, ReasonCiphertext, "IncorrectKeyException")
+	elsewhere := r
+	elsewhere.KeyARN = strings.Replace(r.KeyARN, kmstest.Region, "us-east-1", 1)
+	_, err = n.ReEncrypt(t.Context(), elsewhere)
+	expect(t, err, ReasonWrongRegion, "")
+	n.kms.Deny("ReEncrypt")
+	_, err = n.ReEncrypt(t.Context(), r)
+	if e := expect(t, err, ReasonDenied, "AccessDeniedException"); !strings.Contains(e.Error(), "cannot wrap the data key under "+n.kms.ARN()) {
+		t.Error(e)
+	}
+}
+
 func TestDecryptNeedsOnlyArnAndWrappedKey(t *testing.T) {
 	n := newNode(t)
 	k, r := n.generate(t)

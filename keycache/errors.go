@@ -48,7 +48,7 @@ var ErrOtherKey = errors.New("Decrypt gave another key than GenerateDataKey")
 
 // Error is a failed call of a Client, or options that cannot work.
 type Error struct {
-	Op        string // "New", "Identity", "Ephemeral", "DescribeKey", "GenerateDataKey" or "Decrypt"
+	Op        string // "New", "Identity", "Ephemeral", "DescribeKey", "GenerateDataKey", "Decrypt" or "ReEncrypt"
 	Reason    Reason
 	Code      string // as KMS names it ("AccessDeniedException"), HTTPnnn or CodeTokenTimeout for the metadata service, "" if there was no answer
 	RequestID string // KMS's, "" if there was no answer
@@ -74,6 +74,8 @@ func (e *Error) Error() string {
 		what = "generate a data key under"
 	case "Decrypt":
 		what = "decrypt the wrapped key under"
+	case "ReEncrypt":
+		what = "wrap the data key under"
 	default:
 		what = "call " + e.Op
 	}

@@ -27,6 +27,7 @@ type kmsAPI interface {
 	DescribeKey(context.Context, *kms.DescribeKeyInput, ...func(*kms.Options)) (*kms.DescribeKeyOutput, error)
 	GenerateDataKey(context.Context, *kms.GenerateDataKeyInput, ...func(*kms.Options)) (*kms.GenerateDataKeyOutput, error)
 	Decrypt(context.Context, *kms.DecryptInput, ...func(*kms.Options)) (*kms.DecryptOutput, error)
+	ReEncrypt(context.Context, *kms.ReEncryptInput, ...func(*kms.Options)) (*kms.ReEncryptOutput, error)
 }
 
 // Options say which key a Client uses and how it reaches it. Nothing else does:
@@ -81,10 +82,10 @@ type Client struct {
 // Calls counts what a Client has sent.
 type Calls struct {
 	// Attempts of each KMS call that were sent; one call may be several.
-	GenerateDataKey, Decrypt, DescribeKey int
-	IMDS                                  int      // reads of the metadata service, session tokens not included
-	Retries                               int      // waits
-	RequestIDs                            []string // of KMS's answers, in order, failures included
+	GenerateDataKey, Decrypt, DescribeKey, ReEncrypt int
+	IMDS                                             int      // reads of the metadata service, session tokens not included
+	Retries                                          int      // waits
+	RequestIDs                                       []string // of KMS's answers, in order, failures included
 }
 
 // aliasName matches the part of a key id or ARN that names an alias.
@@ -363,6 +364,52 @@ func (c *Client) Generate(ctx context.Context) (*Key, KeyRecord, error) {
 	return key, r, nil
 }
 
+// ReEncrypt wraps a record's data key anew, under the configured key. The data key
+// does not leave KMS. The record that it returns has the same ID and is complete,
+// but neither stored nor proven to decrypt to the same data key. Errors are as
+// those of Generate, for the configured key, and of Decrypt, for the record.
+func (c *Client) ReEncrypt(ctx context.Context, r KeyRecord) (KeyRecord, error) {
+	const op = "ReEncrypt"
+	start := c.clock.now()
+	// KMS looks for both keys in the region that it is called in.
+	if _, err := c.api(ctx, start, op, r.KeyARN); err != nil {
+		return KeyRecord{}, err
+	}
+	var rewrapped KeyRecord
+	err := c.call(ctx, start, op, c.options.KeyID, func(ctx context.Context, api kmsAPI) (md middleware.Metadata, err error) {
+		out, err := api.ReEncrypt(ctx, &kms.ReEncryptInput{
+			CiphertextBlob:               r.WrappedKey,
+			SourceKeyId:                  aws.String(r.KeyARN),
+			SourceEncryptionContext:      r.EncryptionContext,
+			DestinationKeyId:             aws.String(c.options.KeyID),
+			DestinationEncryptionContext: r.EncryptionContext,
+		})
+		if err != nil {
+			return md, err
+		}
+		rewrapped = r
+		rewrapped.KeyARN, rewrapped.WrappedKey = aws.ToString(out.KeyId), out.CiphertextBlob
+		rewrapped.RequestID, _ = awsmiddleware.GetRequestIDMetadata(out.ResultMetadata)
+		if rewrapped.KeyARN == "" || len(out.CiphertextBlob) == 0 {
+			return out.ResultMetadata, incomplete("wrapped key")
+		}
+		if got := aws.ToString(out.SourceKeyId); got != r.KeyARN {
+			return out.ResultMetadata, &Error{Reason: ReasonAnswer, Err: fmt.Errorf("KMS decrypted it under %s", got)}
+		}
+		if err := c.isConfigured(rewrapped.KeyARN); err != nil {
+			return out.ResultMetadata, err
+		}
+		if err := rewrapped.validate(); err != nil {
+			return out.ResultMetadata, &Error{Reason: ReasonAnswer, Err: fmt.Errorf("the answer makes no record: %w", err)}
+		}
+		return out.ResultMetadata, nil
+	})
+	if err != nil {
+		return KeyRecord{}, err
+	}
+	return rewrapped, nil
+}
+
 // isConfigured refuses a data key under another key than the configured one.
 // What an alias stands for only KMS knows.
 func (c *Client) isConfigured(arn string) error {
@@ -442,6 +489,8 @@ func (c *Client) call(ctx context.Context, start time.Time, op, object string, f
 				calls.Decrypt++
 			case "DescribeKey":
 				calls.DescribeKey++
+			case "ReEncrypt":
+				calls.ReEncrypt++
 			}
 		})
 		ctx, t := withTrace(ctx)

@@ -369,6 +369,50 @@ func (s *Store) PutKey(r KeyRecord) error {
 	return nil
 }
 
+// ReplaceKey stores a record in place of the one with the same ID, atomically, and
+// reads it back: the same data key, wrapped anew, which the caller has proven. The
+// old record is first copied to archive/keys/<id>.<time>.json, with why and when
+// beside it. A cut leaves the old record, with or without its copy, or the new
+// one. A record that is not there or cannot be read is a *StoreError.
+func (s *Store) ReplaceKey(r KeyRecord, why string) error {
+	path := s.keyPath(r.ID)
+	r.Created = r.Created.UTC()
+	if err := r.validate(); err != nil {
+		return storeError("write", path, err)
+	}
+	data, err := encode(r)
+	if err != nil {
+		return storeError("write", path, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.writable(); err != nil {
+		return err
+	}
+	if _, err := s.readKey(path, r.ID); err != nil {
+		return storeError("replace", path, err)
+	}
+	archive := filepath.Join(s.dir, archiveDir, keysDir)
+	if err := s.makeDir(archive); err != nil {
+		return err
+	}
+	at := s.now().UTC()
+	base := filepath.Join(archive, r.ID+"."+at.Format(timeName))
+	if err := s.putWhy(base+".why.json", why, at); err != nil {
+		return err
+	}
+	if err := s.linkTo(path, base+".json"); err != nil {
+		return err
+	}
+	if err := s.put(path, data, os.Rename); err != nil {
+		return err
+	}
+	if _, err := s.readKey(path, r.ID); err != nil {
+		return storeError("read back", path, err)
+	}
+	return nil
+}
+
 // PutVolume stores or replaces a volume record, atomically, and reads it back.
 // Version 0 is taken as RecordVersion. It refuses with a *StoreError: ErrReady
 // where a ready record would go back to formatting; a record that is there but
@@ -722,7 +766,7 @@ func lockHolder(f *os.File) string {
 func (s *Store) sweep() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	dirs := []string{s.dir, filepath.Join(s.dir, keysDir), filepath.Join(s.dir, volumesDir), filepath.Join(s.dir, archiveDir, volumesDir)}
+	dirs := []string{s.dir, filepath.Join(s.dir, keysDir), filepath.Join(s.dir, volumesDir), filepath.Join(s.dir, archiveDir, keysDir), filepath.Join(s.dir, archiveDir, volumesDir)}
 	events, _ := os.ReadDir(filepath.Join(s.dir, quarantineDir))
 	for _, e := range events {
 		dirs = append(dirs, filepath.Join(s.dir, quarantineDir, e.Name()))

@@ -548,6 +548,58 @@ func TestArchiveKeepsBytes(t *testing.T) {
 	}
 }
 
+func TestReplaceKeyArchivesTheOldOne(t *testing.T) {
+	s, k, _ := storeWith(t)
+	s.now = func() time.Time { return someTime }
+	old, err := os.ReadFile(s.keyPath(k.ID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rewrapped := k
+	rewrapped.WrappedKey, rewrapped.RequestID = []byte("wrapped anew"), "req-2"
+	if err := s.ReplaceKey(rewrapped, "rewrapped"); err != nil {
+		t.Fatal(err)
+	}
+	if r := load(t, s); !reflect.DeepEqual(r.Keys[k.ID], rewrapped) || len(r.Volumes) != 1 || len(r.Problems) != 0 {
+		t.Errorf("%+v", r)
+	}
+	base := filepath.Join(s.dir, "archive/keys", k.ID+"."+someTime.Format(timeName))
+	if got, err := os.ReadFile(base + ".json"); err != nil || !bytes.Equal(got, old) {
+		t.Errorf("archived %q (%v), want %q", got, err, old)
+	}
+	if why, err := os.ReadFile(base + ".why.json"); err != nil || !strings.Contains(string(why), "rewrapped") {
+		t.Errorf("why: %s %v", why, err)
+	}
+	// Nothing in the archive is overwritten; nothing is replaced that is not there, or cannot be read.
+	before := tree(t, s.dir)
+	again := rewrapped
+	again.WrappedKey = []byte("once more")
+	if err := s.ReplaceKey(again, "same instant"); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("archived over another: %v", err)
+	}
+	if err := s.ReplaceKey(goodKey(), "none"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("replaced nothing: %v", err)
+	}
+	bad := rewrapped
+	bad.WrappedKey = nil
+	if err := s.ReplaceKey(bad, "invalid"); err == nil {
+		t.Error("an invalid record was written")
+	}
+	if !maps.Equal(before, tree(t, s.dir)) {
+		t.Error("something was changed")
+	}
+	if err := os.WriteFile(s.keyPath(k.ID), []byte("{ corrupt"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before = tree(t, s.dir)
+	if err := s.ReplaceKey(rewrapped, "corrupt"); err == nil {
+		t.Error("an unreadable record was replaced")
+	}
+	if !maps.Equal(before, tree(t, s.dir)) {
+		t.Error("something was changed")
+	}
+}
+
 func TestQuarantineKeepsBytes(t *testing.T) {
 	s, k, v := storeWith(t)
 	v2 := goodVolume(k)
@@ -623,6 +675,15 @@ func cutJobs() map[string]func(*Store) error {
 			v, err := s.readVolume(s.volumePath(volume), volume)
 			v.MountPoint = "/changed"
 			return errors.Join(err, s.PutVolume(v))
+		},
+		"rewrap": func(s *Store) error {
+			key, _, err := first(s)
+			if err != nil {
+				return err
+			}
+			k, err := s.readKey(s.keyPath(key), key)
+			k.WrappedKey = []byte("wrapped anew")
+			return errors.Join(err, s.ReplaceKey(k, "cut"))
 		},
 		"archive": func(s *Store) error {
 			_, volume, err := first(s)

@@ -137,6 +137,26 @@ func importToken(ctx context.Context, path string, text []byte) error {
 		"--", path)
 }
 
+// importOverToken writes a token in place of one, in one step: no header that others read is without a token.
+func importOverToken(ctx context.Context, path string, id int, text []byte) error {
+	return cryptsetup(ctx, text, "token", "import",
+		"--batch-mode",
+		"--token-id", fmt.Sprint(id),
+		"--token-replace",
+		"--json-file=-", // standard input
+		"--", path)
+}
+
+// checkReplacesTokens reports whether cryptsetup can do what [importOverToken] asks of it, by [ErrNoCryptsetup] if not. It says so
+// itself: which release learnt it is in no release notes.
+func checkReplacesTokens(ctx context.Context) error {
+	// --test-args reads the command line and ends.
+	if _, err := runCryptsetup(ctx, nil, "--test-args", "token", "import", "--token-id", "0", "--token-replace", "/dev/null"); err != nil {
+		return fmt.Errorf("%w: it cannot replace a token: %w", ErrNoCryptsetup, err)
+	}
+	return nil
+}
+
 // repair lets cryptsetup write the primary copy again from the secondary. By itself it refuses where it finds another signature
 // on the device.
 func repair(ctx context.Context, path string) error {

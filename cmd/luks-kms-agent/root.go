@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/luks-kms-agent/luks-kms-agent/agent"
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 )
 
 // globalOptions are the flags that every command takes.
@@ -55,7 +56,7 @@ func newRoot() *cobra.Command {
 	flags.StringVar(&opts.logFormat, "log-format", "console", "log as `console` or json")
 	flags.BoolVarP(&opts.verbose, "verbose", "v", false, "log each step (always so under systemd)")
 	root.AddCommand(
-		newRun(opts), newPlan(opts), newStatus(opts), newUnlock(opts), newLock(opts), newInspect(), newVersion(),
+		newRun(opts), newPlan(opts), newStatus(opts), newUnlock(opts), newLock(opts), newRewrap(opts), newInspect(), newVersion(),
 	)
 	return root
 }
@@ -96,13 +97,30 @@ func (o *globalOptions) node(stderr io.Writer) (*agent.Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	return o.nodeWith(log)
+	return o.nodeWith(log, nil)
 }
 
-func (o *globalOptions) nodeWith(log *zap.Logger) (*agent.Node, error) {
+// keyNode is node for commands that read data keys: it protects the process's memory
+// first. change, where not nil, is what the command line says of the configuration.
+func (o *globalOptions) keyNode(stderr io.Writer, change func(*agent.Config)) (*agent.Node, error) {
+	log, err := o.logger(stderr)
+	if err != nil {
+		return nil, err
+	}
+	// Where that is not allowed the node has to come up all the same; the keys themselves are in pages of their own.
+	if err := keycache.ProtectMemory(); err != nil {
+		log.Warn("copies of keys may be swapped or dumped while this runs", zap.Error(err))
+	}
+	return o.nodeWith(log, change)
+}
+
+func (o *globalOptions) nodeWith(log *zap.Logger, change func(*agent.Config)) (*agent.Node, error) {
 	cfg, err := agent.LoadConfig(o.config)
 	if err != nil {
 		return nil, err
+	}
+	if change != nil {
+		change(&cfg)
 	}
 	return agent.New(cfg, log)
 }

@@ -7,10 +7,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"go.uber.org/zap"
 
 	"github.com/luks-kms-agent/luks-kms-agent/agent"
-	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/systemd"
 )
 
@@ -33,18 +31,9 @@ service luks-kms-agent.service runs it at every boot; run again, it changes noth
 	}
 }
 
-// carryOut is what run and unlock share: protect the process's memory before a
-// key is in it, do the work, tell how it went.
+// carryOut is what run and unlock share: do the work, tell how it went.
 func carryOut(cmd *cobra.Command, opts *globalOptions, do func(*agent.Node) (agent.Report, error)) error {
-	log, err := opts.logger(cmd.ErrOrStderr())
-	if err != nil {
-		return err
-	}
-	// Where that is not allowed the node has to come up all the same; the keys themselves are in pages of their own.
-	if err := keycache.ProtectMemory(); err != nil {
-		log.Warn("copies of keys may be swapped or dumped while this runs", zap.Error(err))
-	}
-	node, err := opts.nodeWith(log)
+	node, err := opts.keyNode(cmd.ErrOrStderr(), nil)
 	if err != nil {
 		return err
 	}

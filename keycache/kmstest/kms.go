@@ -53,7 +53,8 @@ type Fault struct {
 // Call is one request that KMS got.
 type Call struct {
 	Op          string
-	KeyID       string
+	KeyID       string // of ReEncrypt, the one that unwraps
+	To          string // of ReEncrypt, the one that wraps
 	Context     map[string]string
 	AccessKey   string
 	Region      string // that the request was signed for
@@ -226,6 +227,11 @@ type request struct {
 	CiphertextBlob      []byte
 	EncryptionContext   map[string]string
 	EncryptionAlgorithm string
+	// Of ReEncrypt. EncryptionContext above is not sent by it.
+	SourceKeyId                  string
+	SourceEncryptionContext      map[string]string
+	DestinationKeyId             string
+	DestinationEncryptionContext map[string]string
 }
 
 type apiError struct {
@@ -258,8 +264,15 @@ func (k *KMS) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			fields = nil
 		}
 	}
-	_, contextSent := fields["EncryptionContext"]
-	call := Call{Op: op, KeyID: in.KeyId, Context: in.EncryptionContext, ContextSent: contextSent, RequestID: uuid.NewString()}
+	contextSent := false
+	for _, name := range []string{"EncryptionContext", "SourceEncryptionContext", "DestinationEncryptionContext"} {
+		_, sent := fields[name]
+		contextSent = contextSent || sent
+	}
+	if op == "ReEncrypt" {
+		in.KeyId = in.SourceKeyId
+	}
+	call := Call{Op: op, KeyID: in.KeyId, To: in.DestinationKeyId, Context: in.EncryptionContext, ContextSent: contextSent, RequestID: uuid.NewString()}
 	call.AccessKey, call.Region = signer(r)
 
 	k.mu.Lock()
@@ -395,6 +408,28 @@ func (k *KMS) serve(op string, in request, r *http.Request) (map[string]any, *ap
 			return nil, e
 		}
 		return map[string]any{"KeyId": key.arn, "Plaintext": plaintext, "EncryptionAlgorithm": "SYMMETRIC_DEFAULT"}, nil
+	case "ReEncrypt":
+		if in.KeyId == "" {
+			return nil, refuse("ValidationException", "kmstest wants a SourceKeyId")
+		}
+		to, refusal := k.find(in.DestinationKeyId)
+		if refusal != nil {
+			return nil, refusal
+		}
+		if e := key.usable(); e != nil {
+			return nil, e
+		}
+		if e := to.usable(); e != nil {
+			return nil, e
+		}
+		plaintext, e := k.unwrap(key, in.CiphertextBlob, in.SourceEncryptionContext)
+		if e != nil {
+			return nil, e
+		}
+		return map[string]any{
+			"SourceKeyId": key.arn, "KeyId": to.arn, "CiphertextBlob": to.wrap(plaintext, in.DestinationEncryptionContext),
+			"SourceEncryptionAlgorithm": "SYMMETRIC_DEFAULT", "DestinationEncryptionAlgorithm": "SYMMETRIC_DEFAULT",
+		}, nil
 	}
 	return nil, refuse("UnknownOperationException", "kmstest knows no %s", op)
 }

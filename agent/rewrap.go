@@ -1,0 +1,160 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
+)
+
+// Rewrapped is what Rewrap did with one key record, or with the token of one
+// volume.
+type Rewrapped struct {
+	Key    keycache.KeyRecord // as it is now
+	Volume keycache.VolumeRecord
+	Device string // path; "" for a key record, and where the volume is not attached
+	// From is the key ARN that stood there before, "" where nothing was changed.
+	From string
+	Err  error
+}
+
+// IsToken tells a token from a key record.
+func (r Rewrapped) IsToken() bool { return r.Volume.UUID != "" }
+
+// Rewrap brings the data keys of this instance under the configured KMS key: KMS
+// wraps each anew without giving it out, the record is replaced, and then the token
+// of each volume that it opens. Data keys, key slots and the volumes' content stay as they are;
+// volumes may be open and in use.
+//
+// It may be cut at any point, and repeated: what is done is not done again. A
+// record is replaced only when KMS has given the same data key for the old and the
+// new one, and the old one is archived. A failure of one key or token never stops the others.
+func (n *Node) Rewrap(ctx context.Context) (done []Rewrapped, err error) {
+	store, release, err := n.lockRecords(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	facts, err := n.observe(ctx, store, nil)
+	if err != nil {
+		return nil, err
+	}
+	target, err := n.cloud.CheckKey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	keys := newKeyring(ctx, n.cloud)
+	defer func() {
+		if werr := n.wipeKeys(keys.take()...); werr != nil {
+			n.log.Warn("keys may be in memory until the process ends", zap.Error(werr))
+		}
+	}()
+	for _, id := range sortedKeys(facts.Records.Keys) {
+		rec := facts.Records.Keys[id]
+		if rec.InstanceID != facts.InstanceID {
+			continue
+		}
+		key, rewrapped := n.rewrapKey(ctx, store, keys, rec, target)
+		done = append(done, rewrapped)
+		if rewrapped.Err != nil {
+			continue
+		}
+		for _, uuid := range sortedKeys(facts.Records.Volumes) {
+			v := facts.Records.Volumes[uuid]
+			if v.KeyID == id && v.InstanceID == facts.InstanceID && v.State == keycache.StateReady {
+				done = append(done, n.rewrapToken(ctx, facts, v, rewrapped.Key, key))
+			}
+		}
+	}
+	for _, p := range facts.Records.Problems {
+		done = append(done, Rewrapped{Err: &p})
+	}
+	return done, ctx.Err()
+}
+
+// rewrapKey replaces a key record, if it is not under the target already, and
+// returns its data key, which stays the keyring's.
+func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyring, rec keycache.KeyRecord, target keycache.KeyFacts) (*keycache.Key, Rewrapped) {
+	r := Rewrapped{Key: rec}
+	fail := func(err error) (*keycache.Key, Rewrapped) { r.Err = err; return nil, r }
+	key, err := keys.get(rec)
+	if err != nil {
+		return fail(err)
+	}
+	if rec.KeyARN == target.ARN {
+		return key, r
+	}
+	rewrapped, err := n.cloud.ReEncrypt(ctx, rec)
+	if err != nil {
+		return fail(err)
+	}
+	if rewrapped.KeyARN == rec.KeyARN {
+		return key, r // the role may not ask which key an alias is
+	}
+	proven, err := n.cloud.Decrypt(ctx, rewrapped)
+	if err != nil {
+		return fail(fmt.Errorf("cannot prove the rewrapped data key before it replaces the old: %w", err))
+	}
+	defer proven.Wipe()
+	if !proven.Equal(key) {
+		return fail(fmt.Errorf("cannot use the rewrapped data key %s: %w", rec.ID, keycache.ErrOtherKey))
+	}
+	why := fmt.Sprintf("rewrapped under %s", rewrapped.KeyARN)
+	if err := store.ReplaceKey(rewrapped, why); err != nil {
+		return fail(err)
+	}
+	n.reached(stepRewrapped)
+	n.log.Info("data key rewrapped", zap.String("key", rec.ID), zap.String("from", rec.KeyARN), zap.String("to", rewrapped.KeyARN),
+		zap.String("request", rewrapped.RequestID))
+	r.Key, r.From = rewrapped, rec.KeyARN
+	return key, r
+}
+
+// rewrapToken makes the token of a volume say what its key record says.
+func (n *Node) rewrapToken(ctx context.Context, f Facts, v keycache.VolumeRecord, rec keycache.KeyRecord, key *keycache.Key) Rewrapped {
+	r := Rewrapped{Key: rec, Volume: v}
+	fail := func(err error) Rewrapped { r.Err = err; return r }
+	var found []DeviceFacts
+	for _, d := range f.Devices {
+		_, open := ourMapping(d.Device, v)
+		if open || d.Header != nil && d.Header.Header != nil && d.Header.Header.UUID == v.UUID {
+			found = append(found, d)
+		}
+	}
+	switch {
+	case len(found) == 0:
+		return fail(&RefusedError{Refusal: RefusedDevice,
+			Reason: fmt.Sprintf("volume %s (%s) is not attached: its token stays as it is until rewrap is run with it", v.UUID, v.Identity)})
+	case len(found) > 1:
+		return fail(&RefusedError{Refusal: RefusedContent, Device: found[1].Path,
+			Reason: fmt.Sprintf("LUKS volume %s is on %s too", v.UUID, found[0].Path)})
+	}
+	d := found[0].Device
+	r.Device = d.Path
+	if err := n.disks.Check(d); err != nil {
+		return fail(err)
+	}
+	header, err := luks.Inspect(d.Path)
+	if err != nil {
+		return fail(err)
+	}
+	if !header.Pass() || header.Header.Token == nil || header.Header.UUID != v.UUID {
+		return fail(&luks.HeaderError{Path: d.Path, Reasons: append(header.Reasons, "it is not the header of volume "+v.UUID)})
+	}
+	token := header.Header.Token
+	if token.KeyARN == rec.KeyARN && bytes.Equal(token.WrappedKey, rec.WrappedKey) {
+		return r
+	}
+	if err := luks.ReplaceToken(ctx, d.Path, rec.KeyARN, rec.WrappedKey, key); err != nil {
+		return fail(err)
+	}
+	n.reached(stepReplaced)
+	r.From = token.KeyARN
+	return r
+}

@@ -3,9 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"time"
 
 	"go.uber.org/zap"
 

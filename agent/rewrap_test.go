@@ -45,8 +45,8 @@ func (m *machine) agree(under string) {
 
 func TestRewrap(t *testing.T) {
 	m := newMachine(t)
-	m.disk(volumes.InstanceStore, "ssd1")
-	m.disk(volumes.EBS, "vol-1")
+	m.disk(volumes.ClassInstanceStore, "ssd1")
+	m.disk(volumes.ClassEBS, "vol-1")
 	m.runOK()
 	old := m.kms.ARN()
 	to := m.kms.NewKey(kmstest.KeySpec{})
@@ -113,7 +113,7 @@ func TestRewrap(t *testing.T) {
 
 func TestRewrapIsCutAtEveryStep(t *testing.T) {
 	m := newMachine(t)
-	m.disk(volumes.EBS, "vol-1")
+	m.disk(volumes.ClassEBS, "vol-1")
 	m.runOK()
 	old, to := m.kms.ARN(), m.kms.NewKey(kmstest.KeySpec{})
 	m.cfg.KMSKey = to
@@ -163,7 +163,7 @@ func TestRewrapProvesBeforeItReplaces(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t)
-			m.disk(volumes.EBS, "vol-1")
+			m.disk(volumes.ClassEBS, "vol-1")
 			m.runOK()
 			to := m.kms.NewKey(kmstest.KeySpec{})
 			c.spoil(m, to)
@@ -184,9 +184,9 @@ func TestRewrapProvesBeforeItReplaces(t *testing.T) {
 // A volume whose token cannot be replaced is reported, and the others are done.
 func TestRewrapReportsEachVolume(t *testing.T) {
 	m := newMachine(t)
-	gone := m.disk(volumes.EBS, "vol-1")
-	torn := m.disk(volumes.EBS, "vol-2")
-	good := m.disk(volumes.EBS, "vol-3")
+	gone := m.disk(volumes.ClassEBS, "vol-1")
+	torn := m.disk(volumes.ClassEBS, "vol-2")
+	good := m.disk(volumes.ClassEBS, "vol-3")
 	m.runOK()
 	m.reboot()
 	m.write(torn, 5000, []byte{0xff})

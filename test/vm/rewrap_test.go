@@ -1,0 +1,53 @@
+//go:build vm
+
+package vm_test
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
+)
+
+// TestRewrap: the data keys of a running node come under another KMS key, with a power cut between the record and the tokens; then
+// the old KMS key is taken away, and at last the records.
+func TestRewrap(t *testing.T) {
+	t.Parallel()
+	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1, ebs1)
+	n.Boot()
+	n.AwaitVolumes()
+	wantMounted(t, n, "/mnt", "/mnt1")
+	files := writeFiles(n, "/mnt", "/mnt1")
+	slots := n.Sh("for d in $(lsblk -dnpo NAME | grep -v nvme0n1); do cryptsetup luksDump $d 2>/dev/null | grep -A20 ^Keyslots; done")
+	to := n.CreateKey(nil)
+
+	n.HoldAt("the key record is rewrapped")
+	n.Sh("systemd-run --unit=rewrap luks-kms-agent rewrap --to " + to)
+	n.AwaitHeld(2 * time.Minute)
+	n.PowerCut()
+	n.Boot()
+	n.AwaitVolumes()
+	wantFiles(t, n, files, "after a cut between record and tokens", "/mnt", "/mnt1")
+
+	n.HoldAt("nowhere")
+	out := n.Sh("luks-kms-agent rewrap --to " + to)
+	if strings.Count(out, "rewrapped") != 2 || strings.Count(out, "already there") != 1 {
+		t.Errorf("after the cut:\n%s", out)
+	}
+	if again := n.Sh("luks-kms-agent rewrap --to " + to); strings.Count(again, "already there") != 3 {
+		t.Errorf("again:\n%s", again)
+	}
+	if now := n.Sh("for d in $(lsblk -dnpo NAME | grep -v nvme0n1); do cryptsetup luksDump $d 2>/dev/null | grep -A20 ^Keyslots; done"); now != slots {
+		t.Errorf("key slots were\n%s\nand are\n%s", slots, now)
+	}
+	wantFiles(t, n, files, "after rewrap", "/mnt", "/mnt1")
+
+	n.Administer("DisableKey", map[string]string{"KeyId": n.KeyARN()}, nil)
+	n.Sh("sed -i 's|^kms_key:.*|kms_key: " + to + "|' " + harness.ConfigFile)
+	n.Reboot()
+	n.AwaitVolumes()
+	wantFiles(t, n, files, "without the old KMS key", "/mnt", "/mnt1")
+	n.Sh("luks-kms-agent lock && rm -r /var/lib/luks-kms-agent && luks-kms-agent run")
+	wantFiles(t, n, files, "adopted by the new tokens", "/mnt", "/mnt1")
+}

@@ -43,7 +43,7 @@ func (n *Node) Rewrap(ctx context.Context) (done []Rewrapped, err error) {
 	if err != nil {
 		return nil, err
 	}
-	target, err := n.cloud.CheckKey(ctx)
+	under, err := n.cloud.CheckKey(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -53,20 +53,23 @@ func (n *Node) Rewrap(ctx context.Context) (done []Rewrapped, err error) {
 			n.log.Warn("keys may be in memory until the process ends", zap.Error(werr))
 		}
 	}()
+	targets, err := facts.targets(nil)
+	if err != nil {
+		return nil, err
+	}
 	for _, id := range sortedKeys(facts.Records.Keys) {
 		rec := facts.Records.Keys[id]
 		if rec.InstanceID != facts.InstanceID {
 			continue
 		}
-		key, rewrapped := n.rewrapKey(ctx, store, keys, rec, target)
+		key, rewrapped := n.rewrapKey(ctx, store, keys, rec, under)
 		done = append(done, rewrapped)
 		if rewrapped.Err != nil {
 			continue
 		}
-		for _, uuid := range sortedKeys(facts.Records.Volumes) {
-			v := facts.Records.Volumes[uuid]
-			if v.KeyID == id && v.InstanceID == facts.InstanceID && v.State == keycache.StateReady {
-				done = append(done, n.rewrapToken(ctx, facts, v, rewrapped.Key, key))
+		for _, t := range targets {
+			if t.Volume.KeyID == id {
+				done = append(done, n.rewrapToken(ctx, t, rewrapped.Key, key))
 			}
 		}
 	}
@@ -76,16 +79,16 @@ func (n *Node) Rewrap(ctx context.Context) (done []Rewrapped, err error) {
 	return done, ctx.Err()
 }
 
-// rewrapKey replaces a key record, if it is not under the target already, and
+// rewrapKey replaces a key record, if it is not under that KMS key already, and
 // returns its data key, which stays the keyring's.
-func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyring, rec keycache.KeyRecord, target keycache.KeyFacts) (*keycache.Key, Rewrapped) {
+func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyring, rec keycache.KeyRecord, under keycache.KeyFacts) (*keycache.Key, Rewrapped) {
 	r := Rewrapped{Key: rec}
 	fail := func(err error) (*keycache.Key, Rewrapped) { r.Err = err; return nil, r }
 	key, err := keys.get(rec)
 	if err != nil {
 		return fail(err)
 	}
-	if rec.KeyARN == target.ARN {
+	if rec.KeyARN == under.ARN {
 		return key, r
 	}
 	rewrapped, err := n.cloud.ReEncrypt(ctx, rec)
@@ -115,42 +118,19 @@ func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyri
 }
 
 // rewrapToken makes the token of a volume say what its key record says.
-func (n *Node) rewrapToken(ctx context.Context, f Facts, v keycache.VolumeRecord, rec keycache.KeyRecord, key *keycache.Key) Rewrapped {
-	r := Rewrapped{Key: rec, Volume: v}
-	fail := func(err error) Rewrapped { r.Err = err; return r }
-	var found []DeviceFacts
-	for _, d := range f.Devices {
-		_, open := ourMapping(d.Device, v)
-		if open || d.Header != nil && d.Header.Header != nil && d.Header.Header.UUID == v.UUID {
-			found = append(found, d)
-		}
-	}
-	switch {
-	case len(found) == 0:
-		return fail(&RefusedError{Refusal: RefusedDevice,
-			Reason: fmt.Sprintf("volume %s (%s) is not attached: its token stays as it is until rewrap is run with it", v.UUID, v.Identity)})
-	case len(found) > 1:
-		return fail(&RefusedError{Refusal: RefusedContent, Device: found[1].Path,
-			Reason: fmt.Sprintf("LUKS volume %s is on %s too", v.UUID, found[0].Path)})
-	}
-	d := found[0].Device
-	r.Device = d.Path
-	if err := n.disks.Check(d); err != nil {
-		return fail(err)
-	}
-	header, err := luks.Inspect(d.Path)
+func (n *Node) rewrapToken(ctx context.Context, t target, rec keycache.KeyRecord, key *keycache.Key) Rewrapped {
+	r := Rewrapped{Key: rec, Volume: t.Volume, Device: t.Device.Path}
+	header, err := n.inspectTarget(t)
 	if err != nil {
-		return fail(err)
-	}
-	if !header.Pass() || header.Header.Token == nil || header.Header.UUID != v.UUID {
-		return fail(&luks.HeaderError{Path: d.Path, Reasons: append(header.Reasons, "it is not the header of volume "+v.UUID)})
+		r.Err = err
+		return r
 	}
 	token := header.Header.Token
 	if token.KeyARN == rec.KeyARN && bytes.Equal(token.WrappedKey, rec.WrappedKey) {
 		return r
 	}
-	if err := luks.ReplaceToken(ctx, d.Path, rec.KeyARN, rec.WrappedKey, key); err != nil {
-		return fail(err)
+	if r.Err = luks.ReplaceToken(ctx, t.Device.Path, rec.KeyARN, rec.WrappedKey, key); r.Err != nil {
+		return r
 	}
 	n.reached(stepReplaced)
 	r.From = token.KeyARN

@@ -64,7 +64,7 @@ type CallsStatus struct {
 	GenerateDataKey int      `json:"generate_data_key"`
 	Decrypt         int      `json:"decrypt"`
 	DescribeKey     int      `json:"describe_key"`
-	ReEncrypt       int      `json:"-"` // no run and no unlock calls it
+	ReEncrypt       int      `json:"re_encrypt,omitempty"`
 	IMDS            int      `json:"imds"`
 	Retries         int      `json:"retries"`
 	RequestIDs      []string `json:"request_ids,omitempty"`

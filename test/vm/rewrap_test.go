@@ -5,7 +5,6 @@ package vm_test
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
 )
@@ -22,15 +21,12 @@ func TestRewrap(t *testing.T) {
 	slots := n.Sh("for d in $(lsblk -dnpo NAME | grep -v nvme0n1); do cryptsetup luksDump $d 2>/dev/null | grep -A20 ^Keyslots; done")
 	to := n.CreateKey(nil)
 
-	n.HoldAt("the key record is rewrapped")
-	n.Sh("systemd-run --unit=rewrap luks-kms-agent rewrap --to " + to)
-	n.AwaitHeld(2 * time.Minute)
+	n.HoldCommand("the key record is rewrapped", "rewrap --to "+to)
 	n.PowerCut()
 	n.Boot()
 	n.AwaitVolumes()
 	wantFiles(t, n, files, "after a cut between record and tokens", "/mnt", "/mnt1")
 
-	n.HoldAt("nowhere")
 	out := n.Sh("luks-kms-agent rewrap --to " + to)
 	if strings.Count(out, "rewrapped") != 2 || strings.Count(out, "already there") != 1 {
 		t.Errorf("after the cut:\n%s", out)
@@ -43,7 +39,7 @@ func TestRewrap(t *testing.T) {
 	}
 	wantFiles(t, n, files, "after rewrap", "/mnt", "/mnt1")
 
-	n.Administer("DisableKey", map[string]string{"KeyId": n.KeyARN()}, nil)
+	n.Administer("DisableKey", map[string]string{"KeyId": n.Key}, nil)
 	n.Sh("sed -i 's|^kms_key:.*|kms_key: " + to + "|' " + harness.ConfigFile)
 	n.Reboot()
 	n.AwaitVolumes()

@@ -136,12 +136,15 @@ const heldUnit = "held.service"
 const inMemory = "a string that only the environment of the held agent has 51cc"
 
 // Hold runs the agent until a step, where it stands still with all that it has in memory, and returns its process id.
-func (n *Node) Hold(step string) (pid string) {
+func (n *Node) Hold(step string) (pid string) { n.tb.Helper(); return n.HoldCommand(step, "run") }
+
+// HoldCommand is Hold for another command of the agent than run.
+func (n *Node) HoldCommand(step, arguments string) (pid string) {
 	n.tb.Helper()
 	n.Sh("rm -f /run/luks-kms-agent.held; printf %s '" + step + "' >/run/luks-kms-agent.hold; " +
 		"systemd-run --quiet --collect --unit=" + heldUnit + " -p LimitMEMLOCK=infinity -p LimitCORE=infinity -p CapabilityBoundingSet=~CAP_SYS_PTRACE " +
 		// With GOTRACEBACK=crash a Go program that crashes wants to leave a core.
-		"-E GOTRACEBACK=crash -E STORY='" + inMemory + "' /usr/local/lib/story/luks-kms-agent-hold run")
+		"-E GOTRACEBACK=crash -E STORY='" + inMemory + "' " + holdingAgent + " " + arguments)
 	n.Await("the agent is at the step "+step, 2*time.Minute, func() bool {
 		if n.Try("test -e /run/luks-kms-agent.held").Code == 0 {
 			return true

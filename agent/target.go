@@ -1,0 +1,93 @@
+package agent
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/volumes"
+)
+
+// target is a recorded volume that a command is about, and the disk that it is on.
+type target struct {
+	Volume keycache.VolumeRecord
+	// Device has no Path where the volume is not attached.
+	Device volumes.Device
+	// Mapping has no Name where the volume is not open.
+	Mapping volumes.Mapping
+	// err is why the volume cannot be worked on: it is not attached, or there are two of it.
+	err error
+}
+
+// targets finds the ready volumes of this instance that the names mean, in order of UUID; no name means all. A volume is named
+// as for [Node.Lock]. A name that none of them has is an *[UnknownVolumeError].
+func (f Facts) targets(names []string) ([]target, error) {
+	var chosen []target
+	found := map[string]bool{}
+	for _, uuid := range sortedKeys(f.Records.Volumes) {
+		v := f.Records.Volumes[uuid]
+		if v.InstanceID != f.InstanceID || v.State != keycache.StateReady {
+			continue
+		}
+		t := f.locate(v)
+		meant := Action{Volume: v, Device: DeviceFacts{Device: t.Device}}
+		named := len(names) == 0
+		for _, name := range names {
+			if meant.is(name) {
+				found[name], named = true, true
+			}
+		}
+		if named {
+			chosen = append(chosen, t)
+		}
+	}
+	if i := slices.IndexFunc(names, func(name string) bool { return !found[name] }); i >= 0 {
+		return nil, &UnknownVolumeError{Name: names[i]}
+	}
+	return chosen, nil
+}
+
+// locate finds the disk of a volume: by its open mapping, or by the header on it.
+func (f Facts) locate(v keycache.VolumeRecord) target {
+	t := target{Volume: v, err: &RefusedError{Refusal: RefusedDevice,
+		Reason: fmt.Sprintf("volume %s (%s) is not attached", v.UUID, v.Identity)}}
+	for _, d := range f.Devices {
+		m, open := ourMapping(d.Device, v)
+		if !open && (d.Header == nil || d.Header.Header == nil || d.Header.Header.UUID != v.UUID) {
+			continue
+		}
+		if t.Device.Path != "" {
+			t.err = &RefusedError{Refusal: RefusedContent, Device: d.Path,
+				Reason: fmt.Sprintf("LUKS volume %s is on %s too", v.UUID, t.Device.Path)}
+			return t
+		}
+		t.Device, t.Mapping, t.err = d.Device, m, nil
+	}
+	return t
+}
+
+// inspectTarget reads the header of a target again and wants it to pass the check, to have a token and to be that of the volume.
+func (n *Node) inspectTarget(t target) (*luks.Inspection, error) {
+	if t.err != nil {
+		return nil, t.err
+	}
+	if err := n.disks.Check(t.Device); err != nil {
+		return nil, err
+	}
+	header, err := luks.Inspect(t.Device.Path)
+	if err != nil {
+		return nil, err
+	}
+	reasons := slices.Clone(header.Reasons)
+	switch {
+	case header.Header == nil || header.Header.UUID != t.Volume.UUID:
+		reasons = append(reasons, "it is not the header of volume "+t.Volume.UUID)
+	case header.Header.Token == nil:
+		reasons = append(reasons, "it has no luks-kms-agent token")
+	}
+	if len(reasons) > 0 || !header.Pass() {
+		return nil, &luks.HeaderError{Path: t.Device.Path, Reasons: reasons}
+	}
+	return header, nil
+}

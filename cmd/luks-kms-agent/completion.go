@@ -54,10 +54,14 @@ func completer(opts *globalOptions) cobra.CompletionFunc {
 	}
 }
 
-// argument is the word that stands in a Use line for the argument number i, from 0; "" where there is no such argument.
+// argument is the word that stands in a Use line for the argument number i, from 0; "" where there is no such argument. Flags
+// that have to be given stand last there, with their values.
 func argument(use string, i int) string {
 	var words []string
 	for _, word := range strings.Fields(use)[1:] {
+		if strings.HasPrefix(word, "-") {
+			break
+		}
 		if word = strings.Trim(word, "[]"); !strings.HasPrefix(word, "-") {
 			words = append(words, word)
 		}

@@ -80,7 +80,7 @@ func TestArgument(t *testing.T) {
 	}{
 		{"run", 0, ""}, {"lock [VOLUME...]", 0, "VOLUME..."}, {"lock [VOLUME...]", 3, "VOLUME..."}, {"import-emr FILE|-", 0, "FILE|-"},
 		{"import-emr FILE|-", 1, ""}, {"restore VOLUME FILE", 0, "VOLUME"}, {"restore VOLUME FILE", 1, "FILE"}, {"restore VOLUME FILE", 2, ""},
-		{"wipe [--yes] VOLUME...", 1, "VOLUME..."},
+		{"wipe [--yes] VOLUME...", 1, "VOLUME..."}, {"backup [VOLUME...] --to FILE", 2, "VOLUME..."},
 	} {
 		if got := argument(c.use, c.i); got != c.want {
 			t.Errorf("argument %d of %q is %q, want %q", c.i, c.use, got, c.want)

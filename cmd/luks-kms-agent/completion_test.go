@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 )
@@ -84,6 +85,46 @@ func TestArgument(t *testing.T) {
 	} {
 		if got := argument(c.use, c.i); got != c.want {
 			t.Errorf("argument %d of %q is %q, want %q", c.i, c.use, got, c.want)
+		}
+	}
+}
+
+// TestFinish: a command below another has what all have, whoever adds it.
+func TestFinish(t *testing.T) {
+	root := &cobra.Command{Use: "agent", SilenceErrors: true, SilenceUsage: true}
+	root.SetFlagErrorFunc(flagError)
+	header := &cobra.Command{Use: "header", Long: "Headers."}
+	level := ""
+	backup := &cobra.Command{Use: "backup VOLUME FILE", RunE: func(*cobra.Command, []string) error { return nil }}
+	backup.Flags().Var(newChoice(&level, "", "low", "high"), "level", "`level`")
+	header.AddCommand(backup)
+	root.AddCommand(header)
+	finish(root, &globalOptions{config: filepath.Join(t.TempDir(), "absent.yaml")})
+	run := func(line string) (string, error) {
+		var out strings.Builder
+		root.SetOut(&out)
+		root.SetArgs(strings.Split(line, " "))
+		err := root.Execute()
+		return out.String(), err
+	}
+	for line, want := range map[string]string{
+		"header bakup":                 `unknown command "bakup" for "agent header": did you mean backup?`,
+		"header backup --levl":         "unknown flag: --levl: did you mean --level?",
+		"header backup --level middle": `invalid argument "middle" for "--level" flag: allowed: low, high`,
+	} {
+		if _, err := run(line); exitCode(err) != exitUsage || err.Error() != want {
+			t.Errorf("%s: %v, want %s", line, err, want)
+		}
+	}
+	for line, want := range map[string]string{
+		"__complete header b":               "backup\n:4\n",
+		"__complete header backup /":        ":4\n", // volumes, of which there are none
+		"__complete header backup /mnt /":   ":0\n", // files
+		"__complete header backup a b c":    ":4\n",
+		"__complete header backup --level ": "low\nhigh\n:4\n",
+	} {
+		if out, err := run(line); err != nil || out != want {
+			t.Errorf("%s: %q, %v, want %q", line, out, err, want)
 		}
 	}
 }

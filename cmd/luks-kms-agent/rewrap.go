@@ -41,13 +41,16 @@ kms_key to the new one: volumes that are made later are made under that.`,
 				return err
 			}
 			done, err := node.Rewrap(cmd.Context())
-			if err != nil {
+			if err != nil && len(done) == 0 {
 				return err
 			}
+			// What was done before it was interrupted is told too.
+			print := printRewrapped
 			if asJSON {
-				err = printJSON(cmd.OutOrStdout(), newRewrapJSON(done))
-			} else {
-				err = printRewrapped(cmd.OutOrStdout(), done)
+				print = func(w io.Writer, done []agent.Rewrapped) error { return printJSON(w, newRewrapJSON(done)) }
+			}
+			if perr := print(cmd.OutOrStdout(), done); err == nil {
+				err = perr
 			}
 			if err != nil {
 				return err

@@ -74,12 +74,12 @@ func (n *Node) Unlock(ctx context.Context, names []string) (Report, error) {
 func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error), wait time.Duration) (report Report, err error) {
 	report = Report{Started: n.now()}
 	defer func() {
-		report.Finished = n.now()
-		report.Calls = n.cloud.Calls()
 		if errors.Is(err, keycache.ErrLocked) {
 			return // the status is the other command's to write
 		}
-		if werr := writeStatus(n.statusPath, NewStatus(report, err)); werr != nil {
+		report.Finished = n.now()
+		report.Calls = n.cloud.Calls()
+		if werr := writeStatus(n.statusPath, newStatus(report, err)); werr != nil {
 			n.log.Warn("cannot write the status", zap.Error(werr))
 		}
 	}()

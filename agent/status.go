@@ -90,8 +90,7 @@ type VolumeStatus struct {
 	State string `json:"state,omitempty"`
 }
 
-// NewStatus is a report for programs; err is what stopped the run as a whole.
-func NewStatus(r Report, err error) Status {
+func newStatus(r Report, err error) Status {
 	s := Status{
 		Version: statusVersion, Started: r.Started.UTC(), Finished: r.Finished.UTC(), InstanceID: r.InstanceID, Result: "ok",
 		KMS:     CallsStatus(r.Calls),

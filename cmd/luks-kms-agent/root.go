@@ -56,8 +56,17 @@ func newRoot() *cobra.Command {
 	flags.Var(newChoice(&opts.logFormat, "console", "console", "json"), "log-format", "log as `format`: console, json")
 	flags.BoolVarP(&opts.verbose, "verbose", "v", false, "log each step, as --log-level info")
 	root.AddCommand(
-		newRun(opts), newPlan(opts), newStatus(opts), newUnlock(opts), newLock(opts), newRewrap(opts), newInspect(), newImportEMR(),
-		newVersion(), newCompletion(), newMan(),
+		newRun(opts),
+		newPlan(opts),
+		newStatus(opts),
+		newUnlock(opts),
+		newLock(opts),
+		newRewrap(opts),
+		newInspect(),
+		newImportEMR(),
+		newVersion(),
+		newCompletion(),
+		newMan(),
 	)
 	finish(root, opts)
 	return root

@@ -41,9 +41,9 @@ func carryOut(cmd *cobra.Command, opts *globalOptions, asJSON bool, do func(*age
 		return err
 	}
 	report, err := do(node)
-	if asJSON {
+	if asJSON && !report.Finished.IsZero() { // it is where another command keeps this one from beginning
 		// What was done before the error is told too.
-		if perr := printJSON(cmd.OutOrStdout(), agent.NewStatus(report, err)); perr != nil && err == nil {
+		if perr := printJSON(cmd.OutOrStdout(), report.Status(err)); perr != nil && err == nil {
 			err = perr
 		}
 	}

@@ -37,7 +37,7 @@ var owners = map[string]string{
 	"github.com/anatol/":           "luks",
 	"github.com/coreos/go-systemd": "systemd",
 	"github.com/godbus/":           "systemd",
-	"github.com/spf13/cobra":       "cmd",
+	"github.com/spf13/":            "cmd",
 }
 
 // Packages for tests, which are not to be linked into the program.

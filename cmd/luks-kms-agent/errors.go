@@ -17,7 +17,7 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
-// Exit codes. They are part of the interface and never get another meaning.
+// Exit codes. They are part of the interface and never get another meaning; exitCodes says which.
 const (
 	exitOK          = 0
 	exitInternal    = 1
@@ -29,6 +29,22 @@ const (
 	exitHeader      = 7
 	exitMissing     = 8
 )
+
+// exitCodes are what help, the man pages and README.md say of the exit codes.
+var exitCodes = []struct {
+	code    int
+	meaning string
+}{
+	{exitOK, "all as planned"},
+	{exitInternal, "internal error"},
+	{exitUsage, "usage or configuration"},
+	{exitRefused, "a volume was refused"},
+	{exitKMSDenied, "KMS said no: permissions, key state, key kind"},
+	{exitUnavailable, "KMS, IMDS or the records are unavailable for now; the service tries again"},
+	{exitDevice, "device or filesystem error"},
+	{exitHeader, "tampered or damaged LUKS header"},
+	{exitMissing, "a needed program or kernel feature is missing"},
+}
 
 // failedError is a command of which parts failed, each with its own cause.
 type failedError struct{ errs []error }
@@ -54,6 +70,8 @@ func exitCode(err error) int {
 		usage   *usageError
 		config  *agent.ConfigError
 		unknown *agent.UnknownVolumeError
+		emr     *agent.EMRError
+		nothing *agent.EMRNothingError
 		refused *agent.RefusedError
 		kms     *keycache.Error
 		store   *keycache.StoreError
@@ -77,8 +95,10 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown):
+	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr):
 		return exitUsage
+	case errors.As(err, &nothing):
+		return exitRefused
 	case errors.As(err, &refused):
 		switch refused.Refusal {
 		case agent.RefusedHeader:
@@ -119,6 +139,8 @@ func hint(err error) string {
 		usage   *usageError
 		config  *agent.ConfigError
 		unknown *agent.UnknownVolumeError
+		emr     *agent.EMRError
+		nothing *agent.EMRNothingError
 		refused *agent.RefusedError
 		kms     *keycache.Error
 		store   *keycache.StoreError
@@ -134,6 +156,10 @@ func hint(err error) string {
 		return fmt.Sprintf("Correct %s; `luks-kms-agent plan` then shows what it means, and touches nothing.", config.Path)
 	case errors.As(err, &unknown):
 		return "Run `luks-kms-agent status` to see the volumes and their names."
+	case errors.As(err, &emr):
+		return "Give the JSON that EMR has: `aws emr describe-security-configuration --name NAME --query SecurityConfiguration --output text`."
+	case errors.As(err, &nothing):
+		return "No configuration was written. To encrypt all the same, write one by hand: `kms_key: arn:aws:kms:REGION:ACCOUNT:key/ID`."
 	case errors.As(err, &refused):
 		return refusedHint(refused)
 	case errors.As(err, &kms):

@@ -123,7 +123,7 @@ protections: ## take away what protects data, one thing at a time, and see its t
 	@$(GO) run ./test/protections $(VM) $(if $(ONLY),-only '$(ONLY)')
 
 update-golden: ## write the expected output of the command line's tests anew
-	@$(GO) test -count=1 -run '^TestScripts$$' ./cmd/luks-kms-agent -update
+	@$(GO) test -count=1 -run '^(TestScripts|TestScreens)$$' ./cmd/luks-kms-agent -update
 
 install: build ## install under DESTDIR: program, units, cloud-init drop-in, examples (enables nothing, overwrites no configuration)
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent

@@ -285,7 +285,7 @@ func (n *Node) headers(devices []volumes.Device, records keycache.Records) []Dev
 			_, ours := ourMapping(d, rec)
 			open = open || ours
 		}
-		if open || d.Class != "" && len(d.Uses) == 0 && !n.isExcluded(d) {
+		if open || len(records.Volumes) > 0 && d.Class != "" && len(d.Uses) == 0 && !n.isExcluded(d) {
 			f.Header, f.Err = luks.Inspect(d.Path)
 		}
 	})

@@ -32,6 +32,7 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{&usageError{errors.New("x")}, 2, false},
 		{&agent.ConfigError{Path: "c", Err: errors.New("x")}, 2, false},
 		{&agent.ConfigError{Path: "c", Err: fs.ErrNotExist}, 2, false},
+		{&agent.ConfigError{Path: "c", Err: fs.ErrPermission}, 2, false},
 		{&agent.UnknownVolumeError{Name: "x"}, 2, false},
 		{kms(keycache.ReasonInvalid), 2, false},
 		{refused(agent.RefusedContent), 3, false},

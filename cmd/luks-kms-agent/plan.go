@@ -80,7 +80,11 @@ func (s screen) plan(p agent.Plan) string {
 				say(s.wrap(indent, strings.Join(facts, ", ")))
 			}
 		}
-		say(s.paint(dim, s.wrap(indent, a.Reason)))
+		color := style("")
+		if a.Verb == agent.Leave || a.Verb == agent.Nothing {
+			color = dim
+		}
+		say(s.paint(color, s.wrap(indent, a.Reason)))
 	}
 	if n := len(p.QuarantineKeys) + len(p.QuarantineVolumes); n > 0 {
 		say(counted(n, "record", "records") + " of another instance would be moved to quarantine.")

@@ -2,7 +2,10 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -71,7 +74,8 @@ func trouble() agent.Status {
 	return s
 }
 
-func exclusive() agent.Plan {
+// longPlan is a plan with what reads worst.
+func longPlan() agent.Plan {
 	disk := func(i int, class volumes.Class, identity string) agent.DeviceFacts {
 		d := agent.DeviceFacts{Device: volumes.Device{Path: fmt.Sprintf("/dev/nvme%dn1", i), Class: class, Identity: identity, Size: 1900e9}}
 		d.Header, d.Content = &luks.Inspection{Kind: luks.KindNone}, &volumes.Content{Blank: true}
@@ -100,7 +104,7 @@ func TestScreens(t *testing.T) {
 		"status-3":       func(s screen) string { return s.status(node(3), noon) },
 		"status-24":      func(s screen) string { return s.status(node(24), noon) },
 		"status-trouble": func(s screen) string { return s.status(trouble(), noon) },
-		"plan":           func(s screen) string { return s.plan(exclusive()) },
+		"plan":           func(s screen) string { return s.plan(longPlan()) },
 	} {
 		for _, width := range []int{80, 120} {
 			got := show(screen{width: width, terminal: true})
@@ -144,10 +148,8 @@ func TestScreenOfNoTerminal(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	for _, w := range []any{f, &bytes.Buffer{}} {
-		if s := screenOf(w.(interface {
-			Write([]byte) (int, error)
-		})); s != (screen{width: 80}) {
+	for _, w := range []io.Writer{f, &bytes.Buffer{}} {
+		if s := screenOf(w); s != (screen{width: 80}) {
 			t.Errorf("%T: %+v", w, s)
 		}
 	}
@@ -181,5 +183,28 @@ func TestRedraw(t *testing.T) {
 	}
 	if got := (screen{width: 80}).redraw("1\n"); got != "1\n\n" {
 		t.Errorf("on a pipe: %q", got)
+	}
+}
+
+func TestWatch(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var out, errs strings.Builder
+	looks := 0
+	err := watch(ctx, &out, &errs, time.Millisecond, func() (string, error) {
+		looks++
+		switch looks {
+		case 2:
+			return "", errors.New("a disk went")
+		case 4:
+			cancel()
+		}
+		return fmt.Sprintf("look %d\n", looks), nil
+	})
+	if err != nil || out.String() != "look 1\nlook 3\n" || errs.String() != "luks-kms-agent: a disk went\n" {
+		t.Errorf("%v, %q, %q", err, &out, &errs)
+	}
+	if err := watch(t.Context(), &out, &errs, time.Millisecond, func() (string, error) { return "", errors.ErrUnsupported }); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("the first look failed: %v", err)
 	}
 }

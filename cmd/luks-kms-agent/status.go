@@ -48,11 +48,16 @@ bad: programs read .well of --json.`,
 				return err
 			}
 			out := cmd.OutOrStdout()
-			show := func() error { return showStatus(cmd.Context(), out, node, asJSON, again) }
+			look := func() (string, error) { return lookAt(cmd.Context(), node, screenOf(out), asJSON, again) }
 			if again {
-				return watch(cmd.Context(), out, interval, show)
+				return watch(cmd.Context(), out, cmd.ErrOrStderr(), interval, look)
 			}
-			return show()
+			text, err := look()
+			if err != nil {
+				return err
+			}
+			_, err = io.WriteString(out, text)
+			return err
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON; with --watch a line each time")
@@ -61,27 +66,31 @@ bad: programs read .well of --json.`,
 	return cmd
 }
 
-func showStatus(ctx context.Context, out io.Writer, node *agent.Node, asJSON, again bool) error {
+// lookAt is what status prints, once or as one look of many.
+func lookAt(ctx context.Context, node *agent.Node, on screen, asJSON, again bool) (string, error) {
 	status, err := node.Status(ctx)
-	switch {
-	case err != nil:
-		return err
-	case asJSON && again:
-		return json.NewEncoder(out).Encode(status)
-	case asJSON:
-		return printJSON(out, status)
+	if err != nil {
+		return "", err
 	}
-	to := screenOf(out)
-	text := to.status(status, time.Now())
+	if asJSON {
+		var b strings.Builder
+		if again {
+			err = json.NewEncoder(&b).Encode(status)
+		} else {
+			err = printJSON(&b, status)
+		}
+		return b.String(), err
+	}
+	text := on.status(status, time.Now())
 	if again {
-		text = to.redraw(text)
+		text = on.redraw(text)
 	}
-	_, err = io.WriteString(out, text)
-	return err
+	return text, nil
 }
 
-// watch shows something again and again until ctx ends, which is how a person ends it and no error.
-func watch(ctx context.Context, out io.Writer, interval time.Duration, show func() error) error {
+// watch looks again and again until ctx ends, which is how a person ends it and no error. The first look has to go well; one that fails
+// later may be of a moment at which disks come and go.
+func watch(ctx context.Context, out, errs io.Writer, interval time.Duration, look func() (string, error)) error {
 	if screenOf(out).terminal {
 		const hideCursor, showCursor = "\x1b[?25l", "\x1b[?25h"
 		fmt.Fprint(out, hideCursor)
@@ -89,11 +98,19 @@ func watch(ctx context.Context, out io.Writer, interval time.Duration, show func
 	}
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	for {
-		if err := show(); ctx.Err() != nil {
+	for first := true; ; first = false {
+		text, err := look()
+		switch {
+		case ctx.Err() != nil:
 			return nil
-		} else if err != nil {
+		case err != nil && first:
 			return err
+		case err != nil:
+			printOne(errs, err)
+		default:
+			if _, err := io.WriteString(out, text); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-ctx.Done():

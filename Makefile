@@ -125,7 +125,7 @@ protections: ## take away what protects data, one thing at a time, and see its t
 	@$(GO) run ./test/protections $(VM) $(if $(ONLY),-only '$(ONLY)')
 
 update-golden: ## write the expected output of the command line's tests anew
-	@$(GO) test -count=1 -run '^(TestScripts|TestCompletion|TestHelp|TestTables)$$' ./cmd/luks-kms-agent -update
+	@$(GO) test -count=1 -run '^(TestScripts|TestCompletion|TestHelp|TestTables|TestScreens)$$' ./cmd/luks-kms-agent -update
 
 # Made by a program for this machine, also where the one that is installed is for another.
 man: ## write the man pages and shell completions to build/

@@ -89,6 +89,9 @@ func (n *Node) apply(ctx context.Context, store *keycache.Store, f Facts, p Plan
 			act := p.Actions[i]
 			err := a.do(ctx, &act)
 			outcomes[i] = Outcome{Action: act, Err: err, Took: n.now().Sub(start)}
+			if act.Verb.opens() && n.maps.IsOpen(act.Volume.Mapping) {
+				outcomes[i].Opened = n.now()
+			}
 		})
 	}
 	wg.Wait()
@@ -177,6 +180,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	if err := errors.Join(a.formatReady, a.mapReady); err != nil {
 		return err
 	}
+	a.step("Waiting for the data key of %s", act.Device.Path)
 	key, keyRecord, err := a.keyFor(ctx, *act)
 	if err != nil {
 		return err
@@ -209,6 +213,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	if len(label) > maxLabel {
 		label = label[:maxLabel]
 	}
+	a.step("Formatting %s", act.Device.Path)
 	err = luks.Format(ctx, act.Device.Path, luks.FormatOptions{
 		UUID: v.UUID, Label: label, KeyARN: keyRecord.KeyARN, WrappedKey: keyRecord.WrappedKey,
 	}, key)
@@ -235,6 +240,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 // so that a later run can tell one that this step made from one that somebody else
 // put there.
 func (a *applier) finish(ctx context.Context, v *keycache.VolumeRecord) error {
+	a.step("Making the %s filesystem of %s", v.Filesystem, v.MountPoint)
 	if err := volumes.ZeroEnds(ctx, a.maps.Path(v.Mapping)); err != nil {
 		return err
 	}
@@ -337,6 +343,7 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 	if a.mapReady != nil {
 		return a.mapReady
 	}
+	a.step("Waiting for the data key of %s", act.Device.Path)
 	key, err := a.opener(act.Volume, act.Device.Header)
 	if err != nil {
 		return err
@@ -371,6 +378,7 @@ func (a *applier) opener(v keycache.VolumeRecord, header *luks.Inspection) (*key
 
 // open maps a volume that was inspected, if it still is on the disk that was seen.
 func (a *applier) open(ctx context.Context, act Action, key *keycache.Key, options luks.OpenOptions) (err error) {
+	a.step("Opening %s", act.Device.Path)
 	header := act.Device.Header
 	if header.PrimaryDamaged {
 		if header, err = a.restoreHeader(ctx, act, key); err != nil {
@@ -412,6 +420,7 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 		return a.mapReady
 	}
 	rec := a.adoptedKey(act.Key)
+	a.step("Waiting for the data key of %s", act.Device.Path)
 	key, err := a.keys.get(rec)
 	if err != nil {
 		return err
@@ -544,6 +553,7 @@ func (a *applier) mount(ctx context.Context, act Action, mapping string) error {
 	if err != nil {
 		return err
 	}
+	a.step("Mounting %s", act.Volume.MountPoint)
 	return m.StartMount(ctx, systemd.Mount{
 		What: a.maps.Path(mapping), Where: act.Volume.MountPoint, Type: act.Volume.Filesystem,
 		Description: fmt.Sprintf("Encrypted volume %s (%s)", act.Volume.Identity, act.Volume.UUID),

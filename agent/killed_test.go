@@ -125,7 +125,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 	m.disk(volumes.ClassEBS, "vol-2")
 	m.runOK()
 	for _, d := range m.devices {
-		m.passphrase(d, 1)
+		m.addTheirs(d, 1)
 	}
 	m.reboot()
 	lasts := map[bool]time.Duration{}

@@ -67,12 +67,17 @@ type mounter interface {
 
 // Node is one machine under one configuration.
 type Node struct {
+	// Progress, where not nil, is told what is being done, for a person who waits. It
+	// is called by several goroutines, and must not wait.
+	Progress func(text string)
+
 	cfg    Config
 	log    *zap.Logger
 	cloud  cloud
 	disks  disks
 	maps   mapper
 	mounts func(context.Context) (mounter, error)
+	usage  func(mountPoint string) (volumes.Space, error)
 	// statusPath is where the outcome of the last run stands for others to read.
 	statusPath string
 	now        func() time.Time
@@ -82,6 +87,17 @@ type Node struct {
 
 // New joins the rooms for this machine. It touches nothing.
 func New(cfg Config, log *zap.Logger) (*Node, error) {
+	n := &Node{
+		cfg:        cfg,
+		log:        log,
+		maps:       kernelMapper{},
+		mounts:     func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
+		usage:      volumes.Usage,
+		statusPath: DefaultStatusPath,
+		now:        time.Now,
+		atStep:     stepHook(),
+		wipeKeys:   keycache.WipeAll,
+	}
 	client, err := keycache.New(keycache.Options{
 		KeyID:        cfg.KMSKey,
 		Region:       cfg.Region,
@@ -92,7 +108,7 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 		OnRetry: func(r keycache.Retry) {
 			log.Warn("waiting for AWS", zap.String("call", r.Op), zap.Int("attempt", r.Attempt),
 				zap.Duration("next_try_in", r.Wait), zap.Duration("given_up_after", r.Limit), zap.Error(r.Err))
-			systemd.Status(fmt.Sprintf("Waiting for %s, attempt %d: %v", r.Op, r.Attempt, r.Err))
+			n.tell(fmt.Sprintf("Waiting for %s, attempt %d: %v", r.Op, r.Attempt, r.Err))
 			systemd.ExtendTimeout(r.Wait + cfg.CallTimeout + time.Minute)
 		},
 	})
@@ -103,18 +119,22 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 	for i, v := range cfg.Volumes {
 		named[i] = v.Name
 	}
-	return &Node{
-		cfg:        cfg,
-		log:        log,
-		cloud:      client,
-		disks:      machineDisks{stateDir: cfg.StateDir, named: named},
-		maps:       kernelMapper{},
-		mounts:     func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
-		statusPath: DefaultStatusPath,
-		now:        time.Now,
-		atStep:     stepHook(),
-		wipeKeys:   keycache.WipeAll,
-	}, nil
+	n.cloud, n.disks = client, machineDisks{stateDir: cfg.StateDir, named: named}
+	return n, nil
+}
+
+// tell says to systemd and to whoever waits what the command is doing.
+func (n *Node) tell(text string) {
+	systemd.Status(text)
+	n.step("%s", text)
+}
+
+// step says to whoever waits what is being done with one volume or key. systemd is
+// not told: its one line is about the whole.
+func (n *Node) step(format string, args ...any) {
+	if n.Progress != nil {
+		n.Progress(fmt.Sprintf(format, args...))
+	}
 }
 
 // machineDisks are the disks of this machine.
@@ -168,7 +188,7 @@ func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error)
 	defer cancel()
 	release, err := store.Lock(wait, func(process string) {
 		n.log.Warn("waiting for another command", zap.String("process", process), zap.Duration("given_up_after", lockWait))
-		systemd.Status("Waiting for another command, process " + process)
+		n.tell("Waiting for another command, process " + process)
 	})
 	if err != nil {
 		return nil, nil, err

@@ -113,18 +113,24 @@ func (n *Node) stateDirOnManaged(scan volumes.Scan) error {
 // inspect reads the headers, and where there is none the content, of the disks
 // that may be ours.
 func (n *Node) inspect(ctx context.Context, devices []volumes.Device) []DeviceFacts {
+	return eachDisk(devices, func(d volumes.Device, f *DeviceFacts) {
+		if d.Class != "" && len(d.Uses) == 0 && len(d.Mappings) == 0 && !n.isExcluded(d) {
+			f.Header, f.Content, f.Err = look(ctx, d)
+		}
+	})
+}
+
+// eachDisk looks at the disks, several at the same time.
+func eachDisk(devices []volumes.Device, look func(volumes.Device, *DeviceFacts)) []DeviceFacts {
 	facts := make([]DeviceFacts, len(devices))
 	slots := make(chan struct{}, max(4, runtime.GOMAXPROCS(0)))
 	var wg sync.WaitGroup
 	for i, d := range devices {
 		facts[i].Device = d
-		if d.Class == "" || len(d.Uses) > 0 || len(d.Mappings) > 0 || n.isExcluded(d) {
-			continue
-		}
 		wg.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			facts[i].Header, facts[i].Content, facts[i].Err = look(ctx, d)
+			look(d, &facts[i])
 		})
 	}
 	wg.Wait()

@@ -103,6 +103,9 @@ func (v Verb) acts() bool {
 	return v == Format || v == Unlock || v == Adopt || v == Mount
 }
 
+// opens says whether the verb ends with the volume open that was not.
+func (v Verb) opens() bool { return v == Format || v == Unlock || v == Adopt }
+
 // Decide makes the plan: one action with its reason for each device, each
 // missing volume and each record that cannot be read. It reads nothing but f.
 func Decide(f Facts) Plan {
@@ -652,7 +655,7 @@ func (d *decision) assignKeys() {
 	var candidates []string
 	for _, id := range sortedKeys(d.Records.Keys) {
 		k := d.Records.Keys[id]
-		if k.InstanceID == d.InstanceID && d.sameKMSKey(k.KeyARN) && (d.Config.KeyScope == ScopeNode || !used[id]) {
+		if k.InstanceID == d.InstanceID && d.Config.sameKMSKey(k.KeyARN) && (d.Config.KeyScope == ScopeNode || !used[id]) {
 			candidates = append(candidates, id)
 		}
 	}
@@ -692,8 +695,8 @@ func keyIDs(v keycache.VolumeRecord) []string {
 
 // sameKMSKey says whether a record's ARN may be that of the configured key. An
 // alias does not tell; the key that the node has then stays in use.
-func (d *decision) sameKMSKey(arn string) bool {
-	switch key := d.Config.KMSKey; {
+func (c Config) sameKMSKey(arn string) bool {
+	switch key := c.KMSKey; {
 	case strings.HasPrefix(key, "alias/"), strings.Contains(key, ":alias/"):
 		return true
 	case strings.HasPrefix(key, "arn:"):
@@ -718,7 +721,7 @@ func (d *decision) keyAllowed(arn string) bool {
 		}
 		return false
 	}
-	return d.sameKMSKey(arn)
+	return d.Config.sameKMSKey(arn)
 }
 
 // keyProblem says why the key record of a volume cannot be used, "" if it can.

@@ -39,6 +39,7 @@ func (n *Node) Rewrap(ctx context.Context) (done []Rewrapped, err error) {
 		return nil, err
 	}
 	defer release()
+	n.tell(lookingAround)
 	facts, err := n.observe(ctx, store, nil)
 	if err != nil {
 		return nil, err
@@ -82,6 +83,7 @@ func (n *Node) Rewrap(ctx context.Context) (done []Rewrapped, err error) {
 // rewrapKey replaces a key record, if it is not under that KMS key already, and
 // returns its data key, which stays the keyring's.
 func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyring, rec keycache.KeyRecord, under keycache.KeyFacts) (*keycache.Key, Rewrapped) {
+	n.step("Rewrapping data key %s", rec.ID)
 	r := Rewrapped{Key: rec}
 	fail := func(err error) (*keycache.Key, Rewrapped) { r.Err = err; return nil, r }
 	key, err := keys.get(rec)
@@ -119,6 +121,7 @@ func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyri
 
 // rewrapToken makes the token of a volume say what its key record says.
 func (n *Node) rewrapToken(ctx context.Context, t target, rec keycache.KeyRecord, key *keycache.Key) Rewrapped {
+	n.step("Replacing the token of %s", t.Device.Path)
 	r := Rewrapped{Key: rec, Volume: t.Volume, Device: t.Device.Path}
 	if t.Volume.Rotation != nil {
 		r.Err = fmt.Errorf("cannot rewrap the token of volume %s: %w", t.Volume.UUID, ErrRotating)

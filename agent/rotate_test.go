@@ -44,8 +44,8 @@ func (m *machine) opener(d volumes.Device) (keycache.KeyRecord, *luks.Header) {
 	return keycache.KeyRecord{}, nil
 }
 
-// passphrase adds somebody's own key slot to a disk.
-func (m *machine) passphrase(d volumes.Device, slot int) {
+// addTheirs adds somebody's own key slot to a disk.
+func (m *machine) addTheirs(d volumes.Device, slot int) {
 	m.t.Helper()
 	key, _ := m.opener(d)
 	k, err := m.node().cloud.Decrypt(m.t.Context(), key)
@@ -73,7 +73,7 @@ func TestRotate(t *testing.T) {
 	m := newMachine(t)
 	disks := []volumes.Device{m.disk(volumes.ClassInstanceStore, "ssd1"), m.disk(volumes.ClassEBS, "vol-1")}
 	m.runOK()
-	m.passphrase(disks[1], 1)
+	m.addTheirs(disks[1], 1)
 	old, _ := m.opener(disks[0])
 	done, err := m.rotate() // while both are mounted
 	if err != nil {
@@ -128,7 +128,7 @@ func TestRotateIsCutAtEveryStep(t *testing.T) {
 			m.disk(volumes.ClassEBS, "vol-2")
 			m.runOK()
 			for _, d := range m.devices {
-				m.passphrase(d, 1)
+				m.addTheirs(d, 1)
 			}
 			was := m.records()
 			type cut struct {
@@ -214,7 +214,7 @@ func TestRotateLeavesSlotsOfOthers(t *testing.T) {
 	// The number that was to be the new slot's is taken, and so is that of the old slot once it was removed.
 	for s, slot := range map[step]int{stepRotating: 1, stepSlotRemoved: 0} {
 		c := at[s]
-		c.passphrase(c.devices[0], slot)
+		c.addTheirs(c.devices[0], slot)
 		if _, err := c.rotate(); err != nil {
 			t.Errorf("%s: %v", s, err)
 		}

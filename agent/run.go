@@ -16,9 +16,13 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
+// lookingAround is told while facts are collected.
+const lookingAround = "Looking at disks, records and identity"
+
 // Plan observes the node and decides, and changes nothing. Records are read
 // without a lock: a plan made beside a running command may be out of date.
 func (n *Node) Plan(ctx context.Context) (Plan, error) {
+	n.step(lookingAround)
 	if err := n.checkStateDir(); err != nil {
 		return Plan{}, err
 	}
@@ -79,7 +83,7 @@ func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error), wa
 		}
 		report.Finished = n.now()
 		report.Calls = n.cloud.Calls()
-		if werr := writeStatus(n.statusPath, newStatus(report, err)); werr != nil {
+		if werr := writeStatus(n.statusPath, newStatus(report, err, n.lastStatus())); werr != nil {
 			n.log.Warn("cannot write the status", zap.Error(werr))
 		}
 	}()
@@ -95,7 +99,7 @@ func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error), wa
 		}
 		n.reached(stepWiped)
 	}()
-	systemd.Status("Looking at disks, records and identity")
+	n.tell(lookingAround)
 	seen, err := n.pass(ctx, store, keys, choose, &report)
 	deadline := n.now().Add(wait)
 	for err == nil && n.awaitDisk(ctx, report, seen, deadline) {
@@ -127,7 +131,7 @@ func (n *Node) pass(ctx context.Context, store *keycache.Store, keys *keyring, c
 		return slices.ContainsFunc(earlier, func(o Outcome) bool { return o.Action.sameSubject(a) })
 	})
 	n.logPlan(plan)
-	systemd.Status(fmt.Sprintf("Carrying out the plan for %d devices", len(plan.Actions)))
+	n.tell(fmt.Sprintf("Carrying out the plan for %d devices", len(plan.Actions)))
 	outcomes := n.apply(ctx, store, facts, plan, keys)
 	n.logOutcomes(slices.DeleteFunc(slices.Clone(outcomes), func(o Outcome) bool { return o.Action.Missing }))
 	report.Outcomes = append(earlier, outcomes...)
@@ -164,7 +168,7 @@ func (n *Node) awaitDisk(ctx context.Context, report Report, seen string, deadli
 	for _, o := range missing {
 		n.log.Warn("waiting for a disk", zap.String("missing", o.Action.Reason), zap.Duration("given_up_after", left))
 	}
-	systemd.Status("Waiting for a disk: " + missing[0].Action.Reason)
+	n.tell("Waiting for a disk: " + missing[0].Action.Reason)
 	systemd.ExtendTimeout(left + time.Minute)
 	for ; n.now().Before(deadline) && ctx.Err() == nil; time.Sleep(min(devicePoll, max(0, deadline.Sub(n.now())))) {
 		// A scan that fails now is one of a moment at which disks come and go.
@@ -287,6 +291,7 @@ func (n *Node) Lock(ctx context.Context, names []string) ([]Locked, error) {
 	defer disconnect()
 	locked := make([]Locked, len(targets))
 	for i, t := range targets {
+		n.step("Locking %s", t.Volume.MountPoint)
 		locked[i] = Locked{Volume: t.Volume, Device: t.Device.Path, Err: n.lockOne(ctx, connect, t.mapping)}
 	}
 	return locked, nil

@@ -4,13 +4,16 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
@@ -26,6 +29,7 @@ type Outcome struct {
 	Action Action
 	Err    error
 	Took   time.Duration
+	Opened time.Time // when it opened the volume; zero where it did not
 }
 
 // Report is how a run went.
@@ -57,6 +61,14 @@ type Status struct {
 	Error      string         `json:"error,omitempty"` // what stopped the run as a whole
 	KMS        CallsStatus    `json:"kms"`
 	Volumes    []VolumeStatus `json:"volumes"`
+
+	// What follows is of now, and not in the file.
+
+	// Well says that every recorded volume is mounted and that there are no problems, here or with a volume.
+	Well        *bool    `json:"well,omitempty"`
+	Problems    []string `json:"problems,omitempty"`    // that are not of one volume
+	Quarantined int      `json:"quarantined,omitempty"` // volume records in quarantine
+	KMSKey      string   `json:"kms_key,omitempty"`     // as it is configured
 }
 
 // CallsStatus counts what was asked of AWS.
@@ -85,12 +97,30 @@ type VolumeStatus struct {
 	Reason     string  `json:"reason,omitempty"`
 	Error      string  `json:"error,omitempty"`
 	Seconds    float64 `json:"seconds,omitempty"`
-	// State is "mounted", "open", "locked", "missing" or "" (none of ours). It is
-	// looked up when the status is asked for, not written to the file.
-	State string `json:"state,omitempty"`
+	// LastUnlock is when a run of this boot last opened it.
+	LastUnlock time.Time `json:"last_unlock,omitzero"`
+
+	// What follows is of now, and not in the file.
+
+	State            string    `json:"state,omitempty"` // "mounted", "open", "locked", "missing" or "" (no record)
+	FilesystemSize   int64     `json:"filesystem_size,omitempty"`
+	FilesystemUsed   int64     `json:"filesystem_used,omitempty"`
+	KeyARN           string    `json:"key_arn,omitempty"` // of its key record
+	KeyCreated       time.Time `json:"key_created,omitzero"`
+	RewrapPending    bool      `json:"rewrap_pending,omitempty"` // record or token is not under the configured KMS key
+	RecoveryKey      *bool     `json:"recovery_key,omitempty"`   // nil where no header was read
+	OtherKeySlots    *int      `json:"other_key_slots,omitempty"`
+	HeaderBackup     time.Time `json:"header_backup,omitzero"`
+	PrimaryDamaged   bool      `json:"primary_damaged,omitempty"`
+	SecondaryDamaged bool      `json:"secondary_damaged,omitempty"`
+	Problems         []string  `json:"problems,omitempty"`
 }
 
-func newStatus(r Report, err error) Status {
+// recoveryToken is the type of the tokens that list key slots of recovery keys.
+const recoveryToken = "luks-kms-agent-recovery"
+
+// newStatus is what a run writes down. last is what stood there: when a volume was opened is kept for as long as the boot lasts.
+func newStatus(r Report, err error, last Status) Status {
 	s := Status{
 		Version: statusVersion, Started: r.Started.UTC(), Finished: r.Finished.UTC(), InstanceID: r.InstanceID, Result: "ok",
 		KMS:     CallsStatus(r.Calls),
@@ -105,12 +135,36 @@ func newStatus(r Report, err error) Status {
 		}
 		v := volumeStatus(o.Action)
 		v.Seconds = o.Took.Seconds()
+		if !o.Opened.IsZero() {
+			v.LastUnlock = o.Opened.UTC()
+		}
 		if o.Err != nil {
 			v.Error, s.Result = o.Err.Error(), "failed"
 		}
 		s.Volumes = append(s.Volumes, v)
 	}
+	for _, old := range last.Volumes {
+		if old.UUID == "" || old.LastUnlock.IsZero() {
+			continue
+		}
+		if v := s.volume(old.UUID); v == nil {
+			old.Action, old.Reason, old.Error, old.Seconds = "", "", "", 0
+			s.Volumes = append(s.Volumes, old)
+		} else if v.LastUnlock.IsZero() {
+			v.LastUnlock = old.LastUnlock
+		}
+	}
 	return s
+}
+
+// volume finds a volume by its UUID, nil if it is not there.
+func (s *Status) volume(uuid string) *VolumeStatus {
+	for i := range s.Volumes {
+		if s.Volumes[i].UUID == uuid {
+			return &s.Volumes[i]
+		}
+	}
+	return nil
 }
 
 func volumeStatus(a Action) VolumeStatus {
@@ -157,15 +211,25 @@ func ReadStatus(path string) (Status, error) {
 	return s, json.Unmarshal(data, &s)
 }
 
+// lastStatus is what the last run of this boot wrote; empty where that cannot be read.
+func (n *Node) lastStatus() Status {
+	s, err := ReadStatus(n.statusPath)
+	if err != nil {
+		return Status{}
+	}
+	return s
+}
+
 // Status tells how the last run went and how every recorded volume is now. It asks
-// neither KMS nor IMDS.
+// neither KMS nor IMDS, needs no key and takes no lock. The error is for what leaves
+// nothing to tell; what else is wrong is in the status.
 func (n *Node) Status(ctx context.Context) (Status, error) {
 	s, err := ReadStatus(n.statusPath)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	if err != nil {
 		s = Status{Version: statusVersion, Result: "none", Volumes: []VolumeStatus{}}
-	case err != nil:
-		return s, err
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.Problems = append(s.Problems, fmt.Sprintf("cannot read how the last run went: %v", err))
 	}
 	store, err := keycache.ViewStore(n.cfg.StateDir)
 	if err != nil {
@@ -179,31 +243,192 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	if err != nil {
 		return s, err
 	}
-	for _, id := range sortedKeys(records.Volumes) {
-		rec := records.Volumes[id]
-		i := slices.IndexFunc(s.Volumes, func(v VolumeStatus) bool { return v.UUID == id })
-		if i < 0 {
-			i = len(s.Volumes)
-			s.Volumes = append(s.Volumes, recordStatus(rec))
-		}
-		s.Volumes[i].State, s.Volumes[i].Device = stateOf(rec, scan, s.Volumes[i].Device)
+	if s.Error != "" {
+		s.Problems = append(s.Problems, s.Error)
 	}
+	for _, p := range records.Problems {
+		s.Problems = append(s.Problems, p.Error())
+	}
+	for _, m := range scan.Missing {
+		s.Problems = append(s.Problems, fmt.Sprintf("%s is named in the configuration, but %s", m.Name, m.Reason))
+	}
+	s.KMSKey, s.Quarantined = n.cfg.KMSKey, store.Quarantined()
+
+	facts := Facts{Config: n.cfg, InstanceID: s.InstanceID, Records: records, Devices: n.headers(scan.Devices, records)}
+	for _, id := range sortedKeys(records.Volumes) {
+		v := s.volume(id)
+		if v == nil {
+			s.Volumes = append(s.Volumes, recordStatus(records.Volumes[id]))
+			v = s.volume(id)
+		}
+		n.describe(v, records.Volumes[id], facts)
+	}
+	// Of a volume that has no record any more only a run can tell.
+	s.Volumes = slices.DeleteFunc(s.Volumes, func(v VolumeStatus) bool { return v.State == "" && v.Action == "" })
+	well := len(s.Problems) == 0 && (len(records.Volumes) > 0 || s.Result == "ok")
+	for i := range s.Volumes {
+		v := &s.Volumes[i]
+		if v.State == "" && v.Error != "" {
+			v.Problems = []string{v.Error}
+		}
+		well = well && len(v.Problems) == 0 && (v.State == "" || v.State == "mounted")
+	}
+	s.Well = &well
 	return s, nil
 }
 
-// stateOf tells how a recorded volume is now, and on which device.
-func stateOf(rec keycache.VolumeRecord, scan volumes.Scan, device string) (state, path string) {
-	state = "missing"
-	for _, d := range scan.Devices {
-		if m, ok := ourMapping(d, rec); ok {
-			if len(m.Mounts) > 0 {
-				return "mounted", d.Path
-			}
-			return "open", d.Path
+// headers reads the headers of the disks that may be ours, open ones too.
+func (n *Node) headers(devices []volumes.Device, records keycache.Records) []DeviceFacts {
+	return eachDisk(devices, func(d volumes.Device, f *DeviceFacts) {
+		open := false
+		for _, rec := range records.Volumes {
+			_, ours := ourMapping(d, rec)
+			open = open || ours
 		}
-		if d.Path == device || sameDisk(rec, d) {
-			state, path = "locked", d.Path
+		if open || len(records.Volumes) > 0 && d.Class != "" && len(d.Uses) == 0 && !n.isExcluded(d) {
+			f.Header, f.Err = luks.Inspect(d.Path)
+		}
+	})
+}
+
+// describe fills in how a recorded volume is now.
+func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts) {
+	problem := func(format string, args ...any) { v.Problems = append(v.Problems, fmt.Sprintf(format, args...)) }
+	disk, mounts, others := f.find(rec)
+	v.Class, v.Identity, v.Size, v.KeyID = rec.Class, rec.Identity, rec.Size, rec.KeyID
+	if disk.Path != "" {
+		v.Class, v.Identity, v.Size = string(disk.Class), disk.Identity, disk.Size
+	}
+	v.Mapping, v.MountPoint, v.Filesystem = rec.Mapping, rec.MountPoint, rec.Filesystem
+	v.HeaderBackup, _ = lastBackup(rec.UUID)
+
+	switch {
+	case mounts != nil && len(*mounts) > 0:
+		v.State = "mounted"
+		if !slices.Contains(*mounts, rec.MountPoint) {
+			problem("it is mounted on %s, not on %s", strings.Join(*mounts, ", "), rec.MountPoint)
+		}
+		if space, err := n.usage((*mounts)[0]); err == nil {
+			v.FilesystemUsed, v.FilesystemSize = space.Used, space.Total
+		} else {
+			problem("%v", err)
+		}
+	case mounts != nil:
+		v.State = "open"
+	case disk.Path != "":
+		v.State = "locked"
+	default:
+		v.State = "missing"
+	}
+	v.Device = disk.Path
+	switch {
+	case v.State == "mounted": // what an earlier run could not do is done
+	case v.Error != "":
+		problem("%s", v.Error)
+	case v.State == "missing":
+		problem("no disk shows it")
+	}
+	for _, other := range others {
+		problem("%s shows the same LUKS UUID", other)
+	}
+	if rec.State == keycache.StateFormatting {
+		problem("its format was not finished")
+	}
+	if f.InstanceID != "" && rec.InstanceID != f.InstanceID {
+		problem("its record is of instance %s: the next run moves it to quarantine", rec.InstanceID)
+	}
+	v.describeHeader(disk, rec, problem)
+	v.describeKey(disk, rec, f, problem)
+}
+
+// find returns the disk of a recorded volume: the one that it is open on, else one that shows its header, else the one that the record
+// was made for. mounts is nil where the volume is not open. others are the paths of further disks with its header.
+func (f Facts) find(rec keycache.VolumeRecord) (disk DeviceFacts, mounts *[]string, others []string) {
+	var open, shown, same []DeviceFacts
+	for _, d := range f.Devices {
+		m, ours := ourMapping(d.Device, rec)
+		switch {
+		case ours:
+			open, mounts = append(open, d), &m.Mounts
+		case d.Header != nil && d.Header.Header != nil && d.Header.Header.UUID == rec.UUID:
+			shown = append(shown, d)
+		case sameDisk(rec, d.Device):
+			same = append(same, d)
 		}
 	}
-	return state, path
+	all := slices.Concat(open, shown)
+	if len(all) == 0 && len(same) > 0 {
+		return same[0], nil, nil
+	}
+	for i, d := range all {
+		if i > 0 {
+			others = append(others, d.Path)
+		}
+	}
+	if len(all) > 0 {
+		disk = all[0]
+	}
+	return disk, mounts, others
 }
+
+// describeHeader tells what the header on the volume's disk says. It is an untrusted disk's word, and read without a key.
+func (v *VolumeStatus) describeHeader(disk DeviceFacts, rec keycache.VolumeRecord, problem func(string, ...any)) {
+	switch h := disk.Header; {
+	case disk.Path == "":
+	case disk.Err != nil:
+		problem("%v", disk.Err)
+	case h == nil:
+		problem("its header was not read: the disk is in use or excluded")
+	case rec.State == keycache.StateFormatting:
+	case h.Header == nil || h.Header.UUID != rec.UUID:
+		problem("its disk does not show its LUKS header")
+	case !h.Pass():
+		problem("its LUKS header cannot be trusted: %s", strings.Join(h.Reasons, "; "))
+	default:
+		recovery, other := false, 0
+		for _, slot := range h.Header.Keyslots {
+			switch {
+			case h.Header.Token != nil && slot.ID == h.Header.Token.Keyslot:
+			case slices.Contains(slot.Tokens, recoveryToken):
+				recovery = true
+			default:
+				other++
+			}
+		}
+		v.RecoveryKey, v.OtherKeySlots = &recovery, &other
+		if v.PrimaryDamaged = h.PrimaryDamaged; v.PrimaryDamaged {
+			problem("the primary LUKS header is damaged; the next unlock restores it from the secondary")
+		}
+		if v.SecondaryDamaged = h.SecondaryDamaged; v.SecondaryDamaged {
+			problem("the secondary LUKS header is damaged")
+		}
+	}
+}
+
+// describeKey tells about the volume's data key, from its record and the token.
+func (v *VolumeStatus) describeKey(disk DeviceFacts, rec keycache.VolumeRecord, f Facts, problem func(string, ...any)) {
+	key, ok := f.Records.Keys[rec.KeyID]
+	if !ok {
+		problem("%s", (&decision{Facts: Facts{InstanceID: rec.InstanceID, Records: f.Records}}).keyProblem(rec.KeyID))
+		return
+	}
+	v.KeyARN, v.KeyCreated = key.KeyARN, key.Created
+	under := []string{key.KeyARN}
+	if v.RecoveryKey != nil && disk.Header.Header.Token != nil {
+		under = append(under, disk.Header.Header.Token.KeyARN)
+	}
+	for _, arn := range under {
+		if f.Config.sameKMSKey(arn) {
+			continue
+		}
+		v.RewrapPending = true
+		if !slices.Contains(f.Config.AllowedKeys, arn) {
+			problem("its data key is under %s, not under the configured key: rewrap is pending", arn)
+			return
+		}
+	}
+}
+
+// lastBackup is when the header of a volume was last written to a backup; false where that is not known.
+// Nothing records that yet: who does tells it here.
+func lastBackup(string) (time.Time, bool) { return time.Time{}, false }

@@ -165,6 +165,12 @@ func (s *Store) makeDir(dir string) error {
 	return s.checkDir(dir)
 }
 
+// Quarantined counts the volume records in quarantine; what cannot be read has none.
+func (s *Store) Quarantined() int {
+	files, _ := filepath.Glob(filepath.Join(s.dir, quarantineDir, "*", volumesDir, "*.json"))
+	return len(files)
+}
+
 func (s *Store) checkDirs() error {
 	for _, d := range []string{"", keysDir, volumesDir} {
 		if err := s.checkDir(filepath.Join(s.dir, d)); err != nil && !errors.Is(err, fs.ErrNotExist) {

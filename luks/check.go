@@ -498,6 +498,11 @@ func (j *judgement) tokens() {
 				j.refuse("token %s: keyslot %q does not exist", id, k)
 			}
 		}
+		for i := range j.header.Keyslots {
+			if slot := &j.header.Keyslots[i]; slices.Contains(bound, strconv.Itoa(slot.ID)) {
+				slot.Tokens = append(slot.Tokens, printable([]byte(kind)))
+			}
+		}
 		if kind != tokenType {
 			continue
 		}

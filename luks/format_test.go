@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -29,7 +30,7 @@ func TestFormat(t *testing.T) {
 		h.KeySize != 512 || h.SectorSize != 4096 || h.Offset != 16<<20 || h.SeqID == 0 {
 		t.Errorf("%+v", h)
 	}
-	if want := (Keyslot{ID: 0, KeySize: 512, Cipher: "aes-xts-plain64", KDF: "pbkdf2", Hash: "sha256", Iterations: 1000}); len(h.Keyslots) != 1 || h.Keyslots[0] != want {
+	if want := (Keyslot{ID: 0, KeySize: 512, Cipher: "aes-xts-plain64", KDF: "pbkdf2", Hash: "sha256", Iterations: 1000, Tokens: []string{"luks-kms-agent"}}); len(h.Keyslots) != 1 || !reflect.DeepEqual(h.Keyslots[0], want) {
 		t.Errorf("keyslots %+v", h.Keyslots)
 	}
 	if len(h.Tokens) != 1 || h.Tokens[0] != "luks-kms-agent" {

@@ -47,11 +47,12 @@ type Token struct {
 // A Keyslot is a slot as a header describes it.
 type Keyslot struct {
 	ID         int
-	KeySize    int    // of the volume key in it, bits
-	Cipher     string // of its area
-	KDF        string // "pbkdf2", "argon2i", "argon2id"
-	Hash       string // of pbkdf2, "" for argon2
-	Iterations int    // of pbkdf2; of argon2 its time cost
+	KeySize    int      // of the volume key in it, bits
+	Cipher     string   // of its area
+	KDF        string   // "pbkdf2", "argon2i", "argon2id"
+	Hash       string   // of pbkdf2, "" for argon2
+	Iterations int      // of pbkdf2; of argon2 its time cost
+	Tokens     []string `json:",omitempty"` // types of the tokens that list it, in order of their ids
 }
 
 // A Header is a header's facts. They are facts of an untrusted disk: texts have unprintable runes replaced, nothing else is

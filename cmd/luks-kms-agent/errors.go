@@ -152,6 +152,8 @@ func hint(err error) string {
 		return "Run `luks-kms-agent --help`, or `luks-kms-agent COMMAND --help`, to see what is allowed."
 	case errors.As(err, &config) && errors.Is(err, fs.ErrNotExist):
 		return fmt.Sprintf("Write %s; the smallest one is a line: `kms_key: arn:aws:kms:REGION:ACCOUNT:key/ID`.", config.Path)
+	case errors.As(err, &config) && errors.Is(err, fs.ErrPermission):
+		return "Run the agent as root."
 	case errors.As(err, &config):
 		return fmt.Sprintf("Correct %s; `luks-kms-agent plan` then shows what it means, and touches nothing.", config.Path)
 	case errors.As(err, &unknown):

@@ -33,6 +33,7 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{&usageError{errors.New("x")}, 2, false},
 		{&agent.ConfigError{Path: "c", Err: errors.New("x")}, 2, false},
 		{&agent.ConfigError{Path: "c", Err: fs.ErrNotExist}, 2, false},
+		{&agent.ConfigError{Path: "c", Err: fs.ErrPermission}, 2, false},
 		{&agent.UnknownVolumeError{Name: "x"}, 2, false},
 		{&agent.EMRError{Line: 1, Column: 1, Err: errors.New("x")}, 2, false},
 		{kms(keycache.ReasonInvalid), 2, false},

@@ -23,7 +23,7 @@ func commands(cmd *cobra.Command) []*cobra.Command {
 
 // newTree is the tree of commands as a command line finds it.
 func newTree() *cobra.Command {
-	root := newRoot()
+	root := newRoot(nil)
 	root.InitDefaultHelpCmd()
 	return root
 }

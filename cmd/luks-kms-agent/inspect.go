@@ -75,12 +75,13 @@ type headerJSON struct {
 }
 
 type keyslotJSON struct {
-	ID         int    `json:"id"`
-	KeySize    int    `json:"key_size"` // bits
-	Cipher     string `json:"cipher"`
-	KDF        string `json:"kdf"`
-	Hash       string `json:"hash,omitempty"`
-	Iterations int    `json:"iterations"`
+	ID         int      `json:"id"`
+	KeySize    int      `json:"key_size"` // bits
+	Cipher     string   `json:"cipher"`
+	KDF        string   `json:"kdf"`
+	Hash       string   `json:"hash,omitempty"`
+	Iterations int      `json:"iterations"`
+	Tokens     []string `json:"tokens,omitempty"` // types of those that list it
 }
 
 // tokenJSON is our token without its wrapped key.

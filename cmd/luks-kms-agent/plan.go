@@ -3,7 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
-	"text/tabwriter"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -42,22 +42,74 @@ it, and the evidence. Nothing is written, and KMS is not asked.`,
 }
 
 func printPlan(w io.Writer, p agent.Plan) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "DEVICE\tIDENTITY\tCLASS\tSIZE\tFOUND\tACTION\tMOUNT POINT\tREASON")
+	_, err := io.WriteString(w, screenOf(w).plan(p))
+	return err
+}
+
+// plan is a table with the reason of each row below it, or a block for each disk where a table does not fit.
+func (s screen) plan(p agent.Plan) string {
+	rows := [][]string{{"ACTION", "DEVICE", "MOUNT POINT", "FOUND", "CLASS", "IDENTITY", "SIZE"}}
 	for _, a := range p.Actions {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", dash(a.Device.Path), dash(a.Device.Identity), dash(string(a.Device.Class)),
-			size(a.Device.Size), found(a), a.Verb, dash(a.Volume.MountPoint), a.Reason)
+		rows = append(rows, []string{string(a.Verb), dash(a.Device.Path), dash(a.Volume.MountPoint), found(a),
+			dash(string(a.Device.Class)), dash(a.Device.Identity), size(a.Device.Size)})
 	}
-	if err := t.Flush(); err != nil {
-		return err
+	var b strings.Builder
+	say := func(line string) { b.WriteString(line + "\n") }
+	table, longest, indent := align(rows)
+	fits := longest <= s.width && len(p.Actions) > 0
+	if fits {
+		say(s.paint(bold, table[0]))
+	}
+	if !fits {
+		indent = blockIndent
+	}
+	for i, a := range p.Actions {
+		verb := string(a.Verb)
+		if fits {
+			say(s.paint(verbColor(a.Verb), verb) + strings.TrimPrefix(table[i+1], verb))
+		} else {
+			where := dash(a.Device.Path)
+			if a.Volume.MountPoint != "" {
+				where += " on " + a.Volume.MountPoint
+			}
+			say(s.paint(verbColor(a.Verb), fmt.Sprintf("%-*s", len(blockIndent), verb)) + clean(where))
+			if a.Device.Path != "" {
+				facts := []string{found(a), size(a.Device.Size)}
+				if disk := strings.TrimSpace(string(a.Device.Class) + " " + a.Device.Identity); disk != "" {
+					facts = append([]string{disk}, facts...)
+				}
+				say(s.wrap(indent, strings.Join(facts, ", ")))
+			}
+		}
+		color := style("")
+		if a.Verb == agent.Leave || a.Verb == agent.Nothing {
+			color = dim
+		}
+		say(s.paint(color, s.wrap(indent, a.Reason)))
 	}
 	if n := len(p.QuarantineKeys) + len(p.QuarantineVolumes); n > 0 {
-		fmt.Fprintf(w, "%d records of another instance would be moved to quarantine.\n", n)
+		say(counted(n, "record", "records") + " of another instance would be moved to quarantine.")
 	}
 	if !p.Changes() {
-		fmt.Fprintln(w, "Nothing would be changed.")
+		say("Nothing would be changed.")
 	}
-	return nil
+	return b.String()
+}
+
+// blockIndent is as wide as the longest verb or state, and a gap.
+const blockIndent = "         "
+
+// verbColor shows what changes a disk, and what somebody has to look at.
+func verbColor(v agent.Verb) style {
+	switch v {
+	case agent.Format:
+		return yellow
+	case agent.Refuse:
+		return red
+	case agent.Unlock, agent.Adopt, agent.Mount, agent.Nothing:
+		return green
+	}
+	return dim
 }
 
 // found says in a word what is on a disk.
@@ -90,13 +142,30 @@ func found(a agent.Action) string {
 
 // size prints bytes in the unit that people name disks by.
 func size(n int64) string {
-	switch {
-	case n == 0:
+	if n == 0 {
 		return "-"
-	case n >= 1<<30:
-		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
 	}
-	return fmt.Sprintf("%.0f MiB", float64(n)/(1<<20))
+	unit := unitOf(n)
+	if unit.name == "MiB" {
+		return fmt.Sprintf("%.0f MiB", float64(n)/unit.bytes)
+	}
+	return fmt.Sprintf("%.1f %s", float64(n)/unit.bytes, unit.name)
+}
+
+// unit is a unit of storage.
+type unit struct {
+	name  string
+	bytes float64
+}
+
+func unitOf(n int64) unit {
+	switch {
+	case n >= 10<<40:
+		return unit{"TiB", 1 << 40}
+	case n >= 1<<30:
+		return unit{"GiB", 1 << 30}
+	}
+	return unit{"MiB", 1 << 20}
 }
 
 // planJSON is the plan for programs.

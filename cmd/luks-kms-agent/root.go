@@ -22,14 +22,15 @@ type globalOptions struct {
 	logLevel  string // "": warn; under systemd and with verbose info
 	logFormat string
 	verbose   bool
+	progress  *progress // nil where nobody watches
 }
 
 const rootLong = `luks-kms-agent encrypts the data volumes of an EC2 node with LUKS2 under a data
 key from AWS KMS. At first boot it formats what is proven blank; at every boot it
 opens and mounts what it formatted. It never touches the boot volume.`
 
-func newRoot() *cobra.Command {
-	opts := &globalOptions{}
+func newRoot(p *progress) *cobra.Command {
+	opts := &globalOptions{progress: p}
 	root := &cobra.Command{
 		Use:     "luks-kms-agent",
 		Short:   "Encrypt a node's data volumes under a KMS key",
@@ -75,11 +76,13 @@ func newRoot() *cobra.Command {
 
 // execute runs one command line and returns its exit code.
 func execute(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	root := newRoot()
+	p := newProgress(stderr)
+	root := newRoot(p)
 	root.SetArgs(args)
-	root.SetOut(stdout)
-	root.SetErr(stderr)
+	root.SetOut(p.over(stdout))
+	root.SetErr(p.over(stderr))
 	err := root.ExecuteContext(ctx)
+	p.stop()
 	if err == nil {
 		return exitOK
 	}
@@ -138,7 +141,11 @@ func (o *globalOptions) nodeWith(log *zap.Logger, change func(*agent.Config)) (*
 	if change != nil {
 		change(&cfg)
 	}
-	return agent.New(cfg, log)
+	node, err := agent.New(cfg, log)
+	if err == nil && o.progress != nil {
+		node.Progress = o.progress.tell
+	}
+	return node, err
 }
 
 // logger writes to stderr, where journald takes it from. By hand only warnings

@@ -33,12 +33,16 @@ To change only the KMS key that wraps the data keys: rewrap.`,
 				return err
 			}
 			done, err := node.Rotate(cmd.Context(), names)
+			if err != nil && len(done) == 0 {
+				return err
+			}
+			// What was done before it was interrupted is told too.
+			print := printRotated
 			if asJSON {
-				if perr := printJSON(cmd.OutOrStdout(), rotatedJSON(done)); perr != nil && err == nil {
-					err = perr
-				}
-			} else if len(done) > 0 {
-				printRotated(cmd.OutOrStdout(), done)
+				print = func(w io.Writer, done []agent.Rotated) error { return printJSON(w, newRotateJSON(done)) }
+			}
+			if perr := print(cmd.OutOrStdout(), done); err == nil {
+				err = perr
 			}
 			var errs []error
 			for _, r := range done {
@@ -62,42 +66,48 @@ func rotatedResult(r agent.Rotated) string {
 	case r.Err != nil:
 		return "failed"
 	case r.Left:
-		return "not begun: an earlier rotate came first, run it again"
+		return "not begun"
 	case r.From == "":
-		return "has the new data key already"
+		return "already there"
 	}
 	return "rotated"
 }
 
-func rotatedJSON(done []agent.Rotated) any {
-	type row struct {
-		Device   string `json:"device,omitempty"`
-		UUID     string `json:"uuid,omitempty"`
-		Identity string `json:"identity,omitempty"`
-		From     string `json:"from_key_id,omitempty"`
-		KeyID    string `json:"key_id,omitempty"`
-		Result   string `json:"result"`
-		Error    string `json:"error,omitempty"`
-	}
-	rows := []row{}
-	for _, r := range done {
-		out := row{Device: r.Device, UUID: r.Volume.UUID, Identity: r.Volume.Identity, From: r.From, KeyID: r.Volume.KeyID, Result: rotatedResult(r)}
-		if r.Err != nil {
-			out.Error = r.Err.Error()
-		}
-		rows = append(rows, out)
-	}
-	return struct {
-		Version int   `json:"version"`
-		Volumes []row `json:"volumes"`
-	}{1, rows}
+// rotateJSON is what rotate did, for programs.
+type rotateJSON struct {
+	Version int           `json:"version"`
+	Volumes []rotatedJSON `json:"volumes"`
 }
 
-func printRotated(w io.Writer, done []agent.Rotated) {
+type rotatedJSON struct {
+	Device   string  `json:"device,omitempty"`
+	UUID     string  `json:"uuid,omitempty"`
+	Identity string  `json:"identity,omitempty"`
+	KeyID    string  `json:"key_id,omitempty"` // of the data key that it has now
+	From     string  `json:"from,omitempty"`   // of the one that it had, where it was rotated
+	Result   string  `json:"result"`
+	Error    string  `json:"error,omitempty"`
+	Seconds  float64 `json:"seconds,omitempty"`
+}
+
+func newRotateJSON(done []agent.Rotated) rotateJSON {
+	out := rotateJSON{Version: 1, Volumes: []rotatedJSON{}}
+	for _, r := range done {
+		v := rotatedJSON{Device: r.Device, UUID: r.Volume.UUID, Identity: r.Volume.Identity, KeyID: r.Volume.KeyID, From: r.From,
+			Result: rotatedResult(r), Seconds: r.Took.Seconds()}
+		if r.Err != nil {
+			v.Error = r.Err.Error()
+		}
+		out.Volumes = append(out.Volumes, v)
+	}
+	return out
+}
+
+func printRotated(w io.Writer, done []agent.Rotated) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "DEVICE\tIDENTITY\tDATA KEY\tRESULT")
 	for _, r := range done {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", dash(r.Device), dash(r.Volume.Identity), dash(r.Volume.KeyID), rotatedResult(r))
 	}
-	t.Flush()
+	return t.Flush()
 }

@@ -59,11 +59,12 @@ func wantTold(t *testing.T, n *harness.Node, code string, want told) {
 				t.Errorf("the error of %s does not say %q: %s", disk.Name, word, status.Volumes[i].Error)
 			}
 		}
-		told := func(line string) bool {
-			return strings.Contains(line, identity(disk)) && !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(line, w) })
+		told := func(block string) bool {
+			return strings.Contains(block, identity(disk)) && !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(block, w) })
 		}
-		if !slices.ContainsFunc(strings.Split(text, "\n"), told) {
-			t.Errorf("no line of the status says %q of %s:\n%s", words, identity(disk), text)
+		// What is indented belongs to the volume above it.
+		if !slices.ContainsFunc(strings.Split(strings.ReplaceAll(text, "\n ", " "), "\n"), told) {
+			t.Errorf("no volume of the status says %q of %s:\n%s", words, identity(disk), text)
 		}
 		if !strings.Contains(journal, identity(disk)) || !strings.Contains(journal, status.Volumes[i].Error) {
 			t.Errorf("the journal does not name %s with %q:\n%s", identity(disk), status.Volumes[i].Error, journal)

@@ -43,7 +43,7 @@ func TestRewrap(t *testing.T) {
 	wantFiles(t, n, files, "after rewrap", "/mnt", "/mnt1")
 
 	n.Administer("DisableKey", map[string]string{"KeyId": n.Key}, nil)
-	n.Sh("sed -i 's|^kms_key:.*|kms_key: " + to + "|' " + harness.ConfigFile)
+	n.Provide(harness.ConfigFile, 0o600, n.ConfigFor(to, "filesystem: ext4\n"))
 	n.Reboot()
 	n.AwaitVolumes()
 	wantFiles(t, n, files, "without the old KMS key", "/mnt", "/mnt1")

@@ -35,7 +35,8 @@ func TestSoakRotate(t *testing.T) {
 		command := "rotate"
 		if cut%3 == 0 {
 			keys[0], keys[1] = keys[1], keys[0]
-			n.Sh("sed -i 's|^kms_key:.*|kms_key: " + keys[0] + "|' " + harness.ConfigFile + "; sync")
+			n.Write(harness.ConfigFile, 0o600, n.ConfigFor(keys[0], "filesystem: ext4\n"))
+			n.Provide(harness.ConfigFile, 0o600, n.ConfigFor(keys[0], "filesystem: ext4\n")) // at each boot
 			command = "rewrap"
 		}
 		n.Sh("systemd-run --quiet --no-block luks-kms-agent " + command)

@@ -68,7 +68,7 @@ func manPage(cmd *cobra.Command, date time.Time) string {
 	cmd.InitDefaultHelpFlag()
 	cmd.InitDefaultVersionFlag()
 	p := &roff{}
-	fmt.Fprintf(p, ".TH %s 8 %s \"luks-kms-agent %s\" \"System administration\"\n.nh\n.ad l\n",
+	fmt.Fprintf(p, ".TH %s 8 %s \"luks-kms-agent %s\" \"Administration\"\n.nh\n.ad l\n",
 		roffEscape(strings.ToUpper(pageName(cmd))), date.Format(time.DateOnly), roffEscape(version))
 	p.section("NAME")
 	p.line(pageName(cmd) + " - " + strings.ToLower(cmd.Short[:1]) + cmd.Short[1:])

@@ -268,7 +268,8 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	well := len(s.Problems) == 0 && (len(records.Volumes) > 0 || s.Result == "ok")
 	for i := range s.Volumes {
 		v := &s.Volumes[i]
-		if v.State == "" && v.Error != "" {
+		there := slices.ContainsFunc(scan.Devices, func(d volumes.Device) bool { return d.Path == v.Device })
+		if v.State == "" && v.Error != "" && there { // what has no disk is told of above, as it is now
 			v.Problems = []string{v.Error}
 		}
 		well = well && len(v.Problems) == 0 && (v.State == "" || v.State == "mounted")

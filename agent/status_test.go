@@ -348,3 +348,21 @@ func TestStatusOfTwins(t *testing.T) {
 		}
 	}
 }
+
+// TestStatusOfADiskThatWasRefused: it is told of while it is there.
+func TestStatusOfADiskThatWasRefused(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.write(m.disk(volumes.ClassEBS, "vol-2"), 0, []byte("somebody's"))
+	m.missing = []volumes.Missing{{Name: "/dev/sdf", Reason: "there is no such device"}}
+	m.run()
+	wantProblem(t, m.status(), "vol-2", "", "cannot use ")
+	if s := m.status(); len(s.Problems) != 1 {
+		t.Errorf("%q", s.Problems)
+	}
+	m.devices, m.missing = m.devices[:1], nil
+	if s := m.status(); !*s.Well {
+		t.Errorf("it is gone, and what was missing came: %+v", s)
+	}
+}

@@ -62,7 +62,7 @@ bad: programs read .well of --json.`,
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON; with --watch a line each time")
 	cmd.Flags().BoolVarP(&again, "watch", "w", false, "show it again and again until interrupted")
-	cmd.Flags().DurationVar(&interval, "interval", interval, "how long --watch `waits` between two looks")
+	cmd.Flags().DurationVar(&interval, "interval", interval, "how long --watch waits between two looks")
 	return cmd
 }
 

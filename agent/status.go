@@ -268,7 +268,8 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	well := len(s.Problems) == 0 && (len(records.Volumes) > 0 || s.Result == "ok")
 	for i := range s.Volumes {
 		v := &s.Volumes[i]
-		if v.State == "" && v.Error != "" {
+		there := slices.ContainsFunc(scan.Devices, func(d volumes.Device) bool { return d.Path == v.Device })
+		if v.State == "" && v.Error != "" && there { // what has no disk is told of above, as it is now
 			v.Problems = []string{v.Error}
 		}
 		well = well && len(v.Problems) == 0 && (v.State == "" || v.State == "mounted")
@@ -294,7 +295,7 @@ func (n *Node) headers(devices []volumes.Device, records keycache.Records) []Dev
 // describe fills in how a recorded volume is now.
 func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts) {
 	problem := func(format string, args ...any) { v.Problems = append(v.Problems, fmt.Sprintf(format, args...)) }
-	disk, mounts, others := f.find(rec)
+	disk, mounts, others := f.find(rec, v.Device)
 	v.Class, v.Identity, v.Size, v.KeyID = rec.Class, rec.Identity, rec.Size, rec.KeyID
 	if disk.Path != "" {
 		v.Class, v.Identity, v.Size = string(disk.Class), disk.Identity, disk.Size
@@ -329,7 +330,9 @@ func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts) {
 		problem("no disk shows it")
 	}
 	for _, other := range others {
-		problem("%s shows the same LUKS UUID", other)
+		if v.State == "mounted" || v.Error == "" { // else the error says it
+			problem("%s shows the same LUKS UUID", other)
+		}
 	}
 	if rec.State == keycache.StateFormatting {
 		problem("its format was not finished")
@@ -341,9 +344,9 @@ func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts) {
 	v.describeKey(disk, rec, f, problem)
 }
 
-// find returns the disk of a recorded volume: the one that it is open on, else one that shows its header, else the one that the record
-// was made for. mounts is nil where the volume is not open. others are the paths of further disks with its header.
-func (f Facts) find(rec keycache.VolumeRecord) (disk DeviceFacts, mounts *[]string, others []string) {
+// find returns the disk of a recorded volume: the one that it is open on, else one that shows its header, last if it does, else the one
+// that the record was made for. mounts is nil where the volume is not open. others are the paths of further disks with its header.
+func (f Facts) find(rec keycache.VolumeRecord, last string) (disk DeviceFacts, mounts *[]string, others []string) {
 	var open, shown, same []DeviceFacts
 	for _, d := range f.Devices {
 		m, ours := ourMapping(d.Device, rec)
@@ -355,6 +358,9 @@ func (f Facts) find(rec keycache.VolumeRecord) (disk DeviceFacts, mounts *[]stri
 		case sameDisk(rec, d.Device):
 			same = append(same, d)
 		}
+	}
+	if i := slices.IndexFunc(shown, func(d DeviceFacts) bool { return d.Path == last }); i > 0 {
+		shown[0], shown[i] = shown[i], shown[0]
 	}
 	all := slices.Concat(open, shown)
 	if len(all) == 0 && len(same) > 0 {

@@ -329,3 +329,40 @@ func TestProgressIsTold(t *testing.T) {
 		t.Errorf("told %q, want %q", told, want)
 	}
 }
+
+// TestStatusOfTwins: a run refused both disks, and status tells of both, whichever comes first.
+func TestStatusOfTwins(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-2")
+	m.runOK()
+	twin := m.copyTo(filepath.Join(t.TempDir(), "copy"))
+	twin.devices[0].Identity, twin.devices[0].Serial, twin.devices[0].Name = "vol-1", "vol-1", "vol-1"
+	m.devices = append([]volumes.Device{twin.devices[0]}, m.devices...)
+	m.devices[0].EC2Name, m.devices[1].EC2Name = "sdg", "sdf"
+	m.reboot()
+	m.run()
+	s := m.status()
+	for _, identity := range []string{"vol-1", "vol-2"} {
+		if v := s.of(t, identity); v.Error == "" || len(v.Problems) != 1 || (v.Device == d.Path) != (identity == "vol-2") {
+			t.Errorf("%s: %+v", identity, v)
+		}
+	}
+}
+
+// TestStatusOfADiskThatWasRefused: it is told of while it is there.
+func TestStatusOfADiskThatWasRefused(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.write(m.disk(volumes.ClassEBS, "vol-2"), 0, []byte("somebody's"))
+	m.missing = []volumes.Missing{{Name: "/dev/sdf", Reason: "there is no such device"}}
+	m.run()
+	wantProblem(t, m.status(), "vol-2", "", "cannot use ")
+	if s := m.status(); len(s.Problems) != 1 {
+		t.Errorf("%q", s.Problems)
+	}
+	m.devices, m.missing = m.devices[:1], nil
+	if s := m.status(); !*s.Well {
+		t.Errorf("it is gone, and what was missing came: %+v", s)
+	}
+}

@@ -63,7 +63,7 @@ bad: programs read .well of --json. With --watch, --json prints a line each time
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	cmd.Flags().BoolVarP(&again, "watch", "w", false, "show it again and again until interrupted")
-	cmd.Flags().DurationVar(&interval, "interval", interval, "how long --watch `waits` between two looks")
+	cmd.Flags().DurationVar(&interval, "interval", interval, "how long --watch waits between two looks")
 	return cmd
 }
 
@@ -171,14 +171,13 @@ func (s screen) status(status agent.Status, now time.Time) string {
 	return b.String()
 }
 
-// shown are the volumes that a person wants to see, by mount point, and how many disks were left alone. A record that cannot be read
-// and a configured name that no disk has are among the status's problems.
+// shown are the volumes that a person wants to see, by mount point, and how many disks were left alone.
 func shown(all []agent.VolumeStatus) (volumes []agent.VolumeStatus, left int) {
 	for _, v := range all {
 		switch {
-		case v.State != "" || v.Device != "" && v.Error != "":
+		case v.State != "" || len(v.Problems) > 0:
 			volumes = append(volumes, v)
-		case v.Device != "":
+		case v.Action == string(agent.Leave):
 			left++
 		}
 	}

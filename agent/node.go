@@ -76,12 +76,23 @@ type Node struct {
 	// statusPath is where the outcome of the last run stands for others to read.
 	statusPath string
 	now        func() time.Time
-	atStep     func(step)
-	wipeKeys   func(...*keycache.Key) error
+	spans      *spans
+	// Program is set, by who makes the node, before it is used.
+	Program  Program
+	atStep   func(step)
+	wipeKeys func(...*keycache.Key) error
+}
+
+// Program is what only the program knows, and the status and the metrics tell.
+type Program struct {
+	Version string
+	// ExitCode is the exit code for all that failed, 0 for nothing. nil: all codes are 0.
+	ExitCode func([]error) int
 }
 
 // New joins the rooms for this machine. It touches nothing.
 func New(cfg Config, log *zap.Logger) (*Node, error) {
+	spans := &spans{now: time.Now}
 	client, err := keycache.New(keycache.Options{
 		KeyID:        cfg.KMSKey,
 		Region:       cfg.Region,
@@ -89,7 +100,9 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 		IMDSEndpoint: cfg.IMDSEndpoint,
 		CallTimeout:  cfg.CallTimeout,
 		RetryLimit:   cfg.RetryLimit,
+		OnAttempt:    spans.attempted,
 		OnRetry: func(r keycache.Retry) {
+			spans.retried(r)
 			log.Warn("waiting for AWS", zap.String("call", r.Op), zap.Int("attempt", r.Attempt),
 				zap.Duration("next_try_in", r.Wait), zap.Duration("given_up_after", r.Limit), zap.Error(r.Err))
 			systemd.Status(fmt.Sprintf("Waiting for %s, attempt %d: %v", r.Op, r.Attempt, r.Err))
@@ -112,6 +125,7 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 		mounts:     func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
 		statusPath: DefaultStatusPath,
 		now:        time.Now,
+		spans:      spans,
 		atStep:     stepHook(),
 		wipeKeys:   keycache.WipeAll,
 	}, nil

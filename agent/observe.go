@@ -24,13 +24,17 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	f := Facts{Config: n.cfg}
+	end := n.spans.begin(SpanRecords, "read", nil)
 	records, err := store.Load()
+	end(err)
 	if err != nil {
 		return f, err
 	}
 	f.Records = records
 	if keys != nil {
+		end := n.spans.begin(SpanMap, "unfinished mappings", nil)
 		n.closeUnfinished(ctx, records)
+		end(nil)
 	}
 
 	var identity keycache.Identity
@@ -75,7 +79,7 @@ func (n *Node) closeUnfinished(ctx context.Context, records keycache.Records) {
 // scan lists the disks. Only where there are Xen disks does IMDS have to say
 // which of them are instance store.
 func (n *Node) scan(ctx context.Context) (volumes.Scan, error) {
-	scan, err := n.disks.Scan(ctx, nil)
+	scan, err := n.scanOnce(ctx, "disks", nil)
 	if err != nil {
 		return scan, err
 	}
@@ -87,7 +91,14 @@ func (n *Node) scan(ctx context.Context) (volumes.Scan, error) {
 	if err != nil {
 		return scan, err
 	}
-	return n.disks.Scan(ctx, ephemeral)
+	return n.scanOnce(ctx, "disks, with IMDS's names", ephemeral)
+}
+
+func (n *Node) scanOnce(ctx context.Context, name string, ephemeral []string) (volumes.Scan, error) {
+	end := n.spans.begin(SpanScan, name, nil)
+	scan, err := n.disks.Scan(ctx, ephemeral)
+	end(err)
+	return scan, err
 }
 
 // stateDirOnManaged refuses records that only they themselves can open: a state
@@ -122,8 +133,12 @@ func (n *Node) inspect(ctx context.Context, devices []volumes.Device) []DeviceFa
 			continue
 		}
 		wg.Go(func() {
+			p := n.spans.phases(&facts[i].Device, "")
+			p.next(SpanWait, "for other disks")
 			slots <- struct{}{}
 			defer func() { <-slots }()
+			p.next(SpanInspect, "header, content")
+			defer func() { p.end(facts[i].Err) }()
 			facts[i].Header, facts[i].Content, facts[i].Err = look(ctx, d)
 		})
 	}

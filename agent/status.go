@@ -10,6 +10,8 @@ import (
 	"slices"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
@@ -49,25 +51,28 @@ func (r Report) Failures() []error {
 
 // Status is the outcome of the last run, as the status file has it.
 type Status struct {
-	Version    int            `json:"version"`
-	Started    time.Time      `json:"started"`
-	Finished   time.Time      `json:"finished"`
-	InstanceID string         `json:"instance_id,omitempty"`
-	Result     string         `json:"result"`          // "ok" or "failed"
-	Error      string         `json:"error,omitempty"` // what stopped the run as a whole
-	KMS        CallsStatus    `json:"kms"`
-	Volumes    []VolumeStatus `json:"volumes"`
+	Version     int            `json:"version"`
+	Started     time.Time      `json:"started"`
+	Finished    time.Time      `json:"finished"`
+	InstanceID  string         `json:"instance_id,omitempty"`
+	Result      string         `json:"result"`          // "ok" or "failed"
+	Error       string         `json:"error,omitempty"` // what stopped the run as a whole
+	ExitCode    int            `json:"exit_code"`
+	LastSuccess *time.Time     `json:"last_success,omitempty"` // when a run of this boot last ended with result "ok"
+	KMS         CallsStatus    `json:"kms"`
+	Volumes     []VolumeStatus `json:"volumes"`
 }
 
 // CallsStatus counts what was asked of AWS.
 type CallsStatus struct {
-	GenerateDataKey int      `json:"generate_data_key"`
-	Decrypt         int      `json:"decrypt"`
-	DescribeKey     int      `json:"describe_key"`
-	ReEncrypt       int      `json:"re_encrypt,omitempty"`
-	IMDS            int      `json:"imds"`
-	Retries         int      `json:"retries"`
-	RequestIDs      []string `json:"request_ids,omitempty"`
+	GenerateDataKey int            `json:"generate_data_key"`
+	Decrypt         int            `json:"decrypt"`
+	DescribeKey     int            `json:"describe_key"`
+	ReEncrypt       int            `json:"re_encrypt,omitempty"`
+	IMDS            int            `json:"imds"`
+	Retries         int            `json:"retries"`
+	RequestIDs      []string       `json:"request_ids,omitempty"`
+	RetriesOf       map[string]int `json:"retries_of,omitempty"` // call -> waits
 }
 
 // VolumeStatus is one device of the last run, and what is so of it now.
@@ -85,6 +90,7 @@ type VolumeStatus struct {
 	Reason     string  `json:"reason,omitempty"`
 	Error      string  `json:"error,omitempty"`
 	Seconds    float64 `json:"seconds,omitempty"`
+	Missing    bool    `json:"missing,omitempty"` // the run found no disk
 	// State is "mounted", "open", "locked", "missing" or "" (none of ours). It is
 	// looked up when the status is asked for, not written to the file.
 	State string `json:"state,omitempty"`
@@ -115,7 +121,7 @@ func newStatus(r Report, err error) Status {
 
 func volumeStatus(a Action) VolumeStatus {
 	v := recordStatus(a.Volume)
-	v.Action, v.Reason = string(a.Verb), a.Reason
+	v.Action, v.Reason, v.Missing = string(a.Verb), a.Reason, a.Missing
 	if a.Device.Path != "" {
 		v.Device, v.Class, v.Identity, v.Size = a.Device.Path, string(a.Device.Class), a.Device.Identity, a.Device.Size
 	}
@@ -129,21 +135,13 @@ func recordStatus(r keycache.VolumeRecord) VolumeStatus {
 	}
 }
 
-// writeStatus replaces the status file as a whole. It is derived, so it is not
-// synced; a reader sees the old one or the new one.
+// writeStatus replaces the status file as a whole.
 func writeStatus(path string, s Status) error {
 	data, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	tmp := path + ".new"
-	if err := os.WriteFile(tmp, append(data, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
+	return replaceFile(path, append(data, '\n'), 0o600)
 }
 
 // ReadStatus reads the status file; fs.ErrNotExist means that nothing ran since
@@ -157,27 +155,68 @@ func ReadStatus(path string) (Status, error) {
 	return s, json.Unmarshal(data, &s)
 }
 
+// tell writes down how a run went: the status, the timeline and the metrics. None of
+// them is needed for anything, so a failure is only logged.
+func (n *Node) tell(ctx context.Context, command string, report Report, err error) {
+	s := newStatus(report, err)
+	if n.Program.ExitCode != nil {
+		failed := report.Failures()
+		if err != nil {
+			failed = []error{err}
+		}
+		s.ExitCode = n.Program.ExitCode(failed)
+	}
+	if s.Result == "ok" {
+		s.LastSuccess = &s.Finished
+	} else if before, err := ReadStatus(n.statusPath); err == nil {
+		s.LastSuccess = before.LastSuccess
+	}
+	if err := writeStatus(n.statusPath, s); err != nil {
+		n.log.Warn("cannot write the status", zap.Error(err))
+	}
+	data, err := json.Marshal(n.spans.timeline(command, s, report.Finished))
+	if err == nil {
+		err = replaceFile(n.beside(DefaultTimelinePath), append(data, '\n'), 0o600)
+	}
+	if err != nil {
+		n.log.Warn("cannot write the timeline", zap.Error(err))
+	}
+	n.tellMetrics(ctx)
+}
+
+// beside is where a file of the run directory is: with the status.
+func (n *Node) beside(path string) string {
+	return filepath.Join(filepath.Dir(n.statusPath), filepath.Base(path))
+}
+
 // Status tells how the last run went and how every recorded volume is now. It asks
 // neither KMS nor IMDS.
 func (n *Node) Status(ctx context.Context) (Status, error) {
+	s, _, err := n.currentStatus(ctx)
+	return s, err
+}
+
+// currentStatus is Status, and the key records. What the last run said comes with an
+// error too.
+func (n *Node) currentStatus(ctx context.Context) (Status, map[string]keycache.KeyRecord, error) {
 	s, err := ReadStatus(n.statusPath)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		s = Status{Version: statusVersion, Result: "none", Volumes: []VolumeStatus{}}
 	case err != nil:
-		return s, err
+		return Status{Version: statusVersion, Result: "none", Volumes: []VolumeStatus{}}, nil, err
 	}
 	store, err := keycache.ViewStore(n.cfg.StateDir)
 	if err != nil {
-		return s, err
+		return s, nil, err
 	}
 	records, err := store.Load()
 	if err != nil {
-		return s, err
+		return s, nil, err
 	}
 	scan, err := n.disks.Scan(ctx, nil)
 	if err != nil {
-		return s, err
+		return s, nil, err
 	}
 	for _, id := range sortedKeys(records.Volumes) {
 		rec := records.Volumes[id]
@@ -188,7 +227,7 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 		}
 		s.Volumes[i].State, s.Volumes[i].Device = stateOf(rec, scan, s.Volumes[i].Device)
 	}
-	return s, nil
+	return s, records.Keys, nil
 }
 
 // stateOf tells how a recorded volume is now, and on which device.

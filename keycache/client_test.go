@@ -949,7 +949,7 @@ func TestEmptyCredentialsAreNotUsed(t *testing.T) {
 			Header: http.Header{"X-Aws-Ec2-Metadata-Token-Ttl-Seconds": {"60"}},
 		}, nil
 	}), func() {})
-	_, err := newCredentials(m, time.Second).Retrieve(t.Context())
+	_, err := newCredentials(m, time.Second, nil).Retrieve(t.Context())
 	var e *Error
 	if !errors.As(err, &e) || e.Reason != ReasonNoCredentials || !strings.Contains(err.Error(), "are empty") {
 		t.Errorf("%v", err)

@@ -122,7 +122,12 @@ func (o *globalOptions) nodeWith(log *zap.Logger, change func(*agent.Config)) (*
 	if change != nil {
 		change(&cfg)
 	}
-	return agent.New(cfg, log)
+	node, err := agent.New(cfg, log)
+	if err != nil {
+		return nil, err
+	}
+	node.Program = agent.Program{Version: version, ExitCode: func(errs []error) int { return exitCode(failures(errs)) }}
+	return node, nil
 }
 
 // logger writes to stderr, where journald takes it from. By hand only warnings

@@ -30,10 +30,10 @@ var ErrNothingRan = errors.New("nothing has run since the boot")
 // SpanKind says what the time of a span went to.
 type SpanKind string
 
-// The kinds of span. The first five are the run's, the others a volume's.
+// The kinds of span, in the order in which a run comes to them.
 const (
 	SpanRecords     SpanKind = "records"     // lock, prove and read the state directory; write a volume's record
-	SpanScan        SpanKind = "scan"        // list the disks
+	SpanScan        SpanKind = "scan"        // list the disks, look for programs and what the kernel can do
 	SpanIMDS        SpanKind = "imds"        // one attempt at instance metadata
 	SpanCredentials SpanKind = "credentials" // the role's credentials, read from IMDS inside a KMS attempt
 	SpanKMS         SpanKind = "kms"         // one attempt of one KMS call, credentials included
@@ -41,10 +41,10 @@ const (
 	SpanWait        SpanKind = "wait"        // for what the name says
 	SpanInspect     SpanKind = "inspect"     // read and check the header; where there is none, the content
 	SpanUnseal      SpanKind = "unseal"      // open the key slot, verify the MAC
-	SpanMap         SpanKind = "map"         // read the header again, load the table, use it
+	SpanMap         SpanKind = "map"         // read the header again, load the table, use it; remove what a killed run left
 	SpanFormat      SpanKind = "format"      // write header and token, zero the ends of the volume
 	SpanMkfs        SpanKind = "mkfs"        // make the filesystem
-	SpanMount       SpanKind = "mount"       // mount through systemd
+	SpanMount       SpanKind = "mount"       // connect to systemd; mount
 )
 
 // Timeline is where the time of one run went.
@@ -62,6 +62,7 @@ type Timeline struct {
 type Span struct {
 	Kind SpanKind `json:"kind"`
 	Name string   `json:"name"`
+	Call string   `json:"call,omitempty"` // "Decrypt", …: of imds, credentials, kms and the wait before another attempt
 	// Of a volume's span: the identity may come from the disk, so it is any text.
 	Identity   string  `json:"identity,omitempty"`
 	Device     string  `json:"device,omitempty"`
@@ -90,7 +91,7 @@ type spans struct {
 // it costs next to nothing.
 type timed struct {
 	kind       SpanKind
-	name       string
+	name, call string
 	device     *volumes.Device // nil: of the run
 	from, to   time.Time
 	failed     bool
@@ -156,13 +157,17 @@ func (s *spans) attempted(a keycache.Attempt) {
 	case "Credentials":
 		kind = SpanCredentials
 	}
-	s.add(timed{kind: kind, name: a.Op, from: a.Start, to: a.Start.Add(a.Took), failed: a.Err != nil})
+	name := a.Op
+	if a.Number > 1 {
+		name = fmt.Sprintf("%s, attempt %d", a.Op, a.Number)
+	}
+	s.add(timed{kind: kind, name: name, call: a.Op, from: a.Start, to: a.Start.Add(a.Took), failed: a.Err != nil})
 }
 
 // retried is the span of the wait that now begins.
 func (s *spans) retried(r keycache.Retry) {
 	now := s.now()
-	s.add(timed{kind: SpanWait, name: "to try " + r.Op + " again", from: now, to: now.Add(r.Wait)})
+	s.add(timed{kind: SpanWait, name: "before another attempt", call: r.Op, from: now, to: now.Add(r.Wait)})
 }
 
 // timeline is what was collected, as it is written down. What goes beyond the end,
@@ -186,7 +191,7 @@ func (s *spans) timeline(command string, status Status, finished time.Time) Time
 		return math.Round(since.Seconds()*1e6) / 1e6
 	}
 	for _, d := range s.done {
-		span := Span{Kind: d.kind, Name: d.name, Start: at(d.from), End: at(d.to), Failed: d.failed}
+		span := Span{Kind: d.kind, Name: d.name, Call: d.call, Start: at(d.from), End: at(d.to), Failed: d.failed}
 		if d.device != nil {
 			span.Identity, span.Device, span.MountPoint = d.device.Identity, d.device.Path, places[d.device.Path]
 		}

@@ -361,7 +361,7 @@ func bar(row []agent.Span, total float64, width int) string {
 
 // axis is the scale below the bars.
 func axis(total float64, names, bars int) string {
-	every := step(total, bars/10)
+	every := step(total, bars/8)
 	line := []byte(strings.Repeat(" ", names+2+bars+8))
 	for i := 0; ; i++ {
 		at := float64(i) * every

@@ -57,7 +57,7 @@ func drawSVG(w io.Writer, t agent.Timeline) error {
 		}
 		y += len(l.rows) * svgRow
 	}
-	every := step(total, 10)
+	every := step(total, 12)
 	for i := 0; float64(i)*every <= total*(1+1e-9); i++ {
 		at := float64(i) * every
 		x := left + at/total*plot

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -33,6 +34,9 @@ The text is as wide as the terminal, or as COLUMNS says: 60 to 120 columns.`,
   ssh NODE sudo cat ` + agent.DefaultTimelinePath + ` >node.json && luks-kms-agent timeline node.json`,
 		Args: args(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, files []string) error {
+			if asJSON && svg != "" {
+				return &usageError{errors.New("--json and --svg cannot be used together")}
+			}
 			path := agent.DefaultTimelinePath
 			if len(files) > 0 {
 				path = files[0]
@@ -55,7 +59,6 @@ The text is as wide as the terminal, or as COLUMNS says: 60 to 120 columns.`,
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	cmd.Flags().StringVar(&svg, "svg", "", "draw it into `FILE` (- for stdout)")
-	cmd.MarkFlagsMutuallyExclusive("json", "svg")
 	return cmd
 }
 
@@ -277,7 +280,8 @@ func printTimeline(w io.Writer, t agent.Timeline, width int) error {
 			if i == 0 {
 				end = took(l.end())
 			}
-			fmt.Fprintf(&b, "%-*s |%-*s %*s\n", names, name, bars, bar(row, t.Seconds(), bars), ends-2, end)
+			text := fmt.Sprintf("%-*s |%-*s %*s", names, name, bars, bar(row, t.Seconds(), bars), ends-2, end)
+			b.WriteString(strings.TrimRight(text, " ") + "\n")
 			name = ""
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/xml"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/luks-kms-agent/luks-kms-agent/agent"
@@ -19,6 +20,8 @@ const (
 	svgTop     = 84
 	svgCell    = 150 // of the legend
 	glyphWidth = 5.6 // of an average letter in the bars
+
+	svgFailed = "#8a0014" // around what failed
 )
 
 // drawSVG draws the timeline as one picture that needs nothing else. Names come from
@@ -38,8 +41,12 @@ func drawSVG(w io.Writer, t agent.Timeline) error {
 			legend = append(legend, l)
 		}
 	}
+	cells := len(legend)
+	if slices.ContainsFunc(t.Spans, func(s agent.Span) bool { return s.Failed }) {
+		cells++
+	}
 	perLine := (svgWidth - 2*svgMargin) / svgCell
-	height := bottom + 40 + (len(legend)+perLine-1)/perLine*40 + 4
+	height := bottom + 40 + (cells+perLine-1)/perLine*40 + 4
 
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
@@ -93,6 +100,11 @@ func drawSVG(w io.Writer, t agent.Timeline) error {
 		line(`<text x="%d" y="%d">%s</text>`, x+20, y+11, escape(l.name))
 		line(`<text x="%d" y="%d" fill="#777777">%s, longest %s</text>`, x+20, y+24, took(sum), took(longest.End-longest.Start))
 	}
+	if n := len(legend); n < cells {
+		x, y := svgMargin+n%perLine*svgCell, bottom+34+n/perLine*40
+		line(`<rect x="%d" y="%d" width="14" height="14" rx="2" fill="none" stroke="%s" stroke-width="2"/>`, x, y, svgFailed)
+		line(`<text x="%d" y="%d">× failed</text>`, x+20, y+11)
+	}
 	line(`</g>`)
 	line(`</svg>`)
 	_, err := io.WriteString(w, b.String())
@@ -105,18 +117,17 @@ func drawSpan(line func(string, ...any), s agent.Span, x, width float64, y int) 
 	failed := ""
 	switch {
 	case s.Failed:
-		stroke, failed = ` stroke="#b00020" stroke-width="2"`, ", failed"
+		stroke, failed = fmt.Sprintf(` stroke="%s" stroke-width="2"`, svgFailed), ", failed"
 	case s.Kind == agent.SpanWait:
 		stroke = ` stroke="#c4c4c4" stroke-width="0.5"`
 	}
 	line(`<rect x="%.1f" y="%d" width="%.1f" height="%d" rx="2" fill="%s"%s><title>%s: %s, from %s to %s%s</title></rect>`,
 		x, y, width, svgRow-6, look.fill, stroke, escape(look.name+": "+describe(s)), took(s.End-s.Start), took(s.Start), took(s.End), failed)
-	text := s.Name
+	texts := []string{s.Name + ", " + took(s.End-s.Start), s.Name}
 	if s.Failed {
-		text = "failed: " + text
+		texts = []string{"failed: " + texts[0], "failed: " + texts[1], "failed", "×"}
 	}
-	long := text + ", " + took(s.End-s.Start)
-	for _, text := range []string{long, text} {
+	for _, text := range texts {
 		if float64(len([]rune(text)))*glyphWidth+8 <= width {
 			line(`<text x="%.1f" y="%d" font-size="10.5" fill="%s" pointer-events="none">%s</text>`, x+4, y+12, look.ink, escape(printable(text)))
 			return

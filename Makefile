@@ -129,7 +129,7 @@ install: build ## install under DESTDIR: program, units, cloud-init drop-in, exa
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent
 	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system systemd/luks-kms-agent.service systemd/luks-kms-agent.target
 	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg
-	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json
+	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json packaging/prometheus/alerts.yaml
 	@install -d -m 0755 $(DESTDIR)/etc/luks-kms-agent
 
 clean: ## remove what the targets left here (the cache of images and tools stays in ~/.cache/luks-kms-agent)

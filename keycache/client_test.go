@@ -1337,3 +1337,40 @@ func TestEndpointsMustNotShowTheDataKey(t *testing.T) {
 		}
 	}
 }
+
+// TestOnAttempt: who measures hears of every attempt, each with its own stretch of time, and of the credentials inside the first.
+func TestOnAttempt(t *testing.T) {
+	var mu sync.Mutex
+	var attempts []Attempt
+	n := newNode(t, func(o *Options) {
+		o.OnAttempt = func(a Attempt) {
+			mu.Lock()
+			defer mu.Unlock()
+			attempts = append(attempts, a)
+		}
+	})
+	n.kms.Fail(kmstest.Fault{Op: "GenerateDataKey", Status: 500, Code: "KMSInternalException", Times: 1})
+	n.generate(t)
+	var got []string
+	for _, a := range attempts {
+		got = append(got, fmt.Sprint(a.Op, " ", a.Number, " ", a.Err != nil))
+		if a.Start.IsZero() || a.Took < 0 {
+			t.Errorf("%+v", a)
+		}
+	}
+	want := []string{"Identity 1 false", "Credentials 1 false", "GenerateDataKey 1 true", "GenerateDataKey 2 false"}
+	if !slices.Equal(got, want) {
+		t.Errorf("attempts %q, want %q", got, want)
+	}
+	if gap := attempts[3].Start.Sub(attempts[2].Start.Add(attempts[2].Took)); gap != n.waits[0] {
+		t.Errorf("%v between attempts of which one waited %v", gap, n.waits[0])
+	}
+	calls := n.Calls()
+	if !reflect.DeepEqual(calls.RetriesOf, map[string]int{"GenerateDataKey": 1}) || calls.Retries != 1 {
+		t.Errorf("%+v", calls)
+	}
+	calls.RetriesOf["GenerateDataKey"] = 9
+	if n.Calls().RetriesOf["GenerateDataKey"] != 1 {
+		t.Error("Calls lends its own map")
+	}
+}

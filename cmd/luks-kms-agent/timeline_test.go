@@ -1,10 +1,14 @@
 package main
 
 import (
+	"encoding/xml"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -36,5 +40,36 @@ func TestBarShowsEverySpan(t *testing.T) {
 	}
 	if got := bar(row, 10, 10); got != "i    kk  m" {
 		t.Errorf("%q", got)
+	}
+}
+
+// TestDrawingIsXML: whatever disks and files call things, the drawing is well-formed, and nothing of it is an element of theirs.
+func TestDrawingIsXML(t *testing.T) {
+	const hostile = "]]></title><script>x</script>\x00\x1b[2J\xff&amp;"
+	line := agent.Timeline{Command: hostile, Result: hostile, InstanceID: hostile, Finished: time.Time{}.Add(time.Second)}
+	for _, kind := range []agent.SpanKind{agent.SpanMount, hostile} {
+		line.Spans = append(line.Spans,
+			agent.Span{Kind: kind, Name: hostile, Identity: hostile, Device: hostile, MountPoint: hostile, End: 1, Failed: true},
+			agent.Span{Kind: kind, Name: hostile, Call: hostile, End: 1})
+	}
+	var out strings.Builder
+	if err := drawSVG(&out, line); err != nil {
+		t.Fatal(err)
+	}
+	for dec := xml.NewDecoder(strings.NewReader(out.String())); ; {
+		token, err := dec.Token()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatalf("%v in\n%s", err, &out)
+		}
+		if e, ok := token.(xml.StartElement); ok && e.Name.Local == "script" {
+			t.Errorf("a script is in\n%s", &out)
+		}
+	}
+	out.Reset()
+	if err := printTimeline(&out, line, 80); err != nil || strings.ContainsAny(out.String(), "\x00\x1b") {
+		t.Errorf("%v, %q", err, &out)
 	}
 }

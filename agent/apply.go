@@ -541,11 +541,11 @@ func (a *applier) makeKey(ctx context.Context) (*keycache.Key, keycache.KeyRecor
 	}
 	a.reached(stepKeyMade)
 	end := a.spans.begin(SpanRecords, "the data key's", nil)
-	err = a.store.PutKey(rec)
-	if end(err); err != nil {
+	if err := a.store.PutKey(rec); err != nil {
 		return nil, rec, err
 	}
 	a.reached(stepKeyRecorded)
+	end(nil)
 	proven, err := a.keys.get(rec)
 	if err != nil {
 		return nil, rec, fmt.Errorf("cannot prove the new data key before it locks a disk: %w", err)

@@ -181,10 +181,10 @@ func text(all []metric) []byte {
 
 // tellMetrics writes the metrics. Where records or disks cannot be read it leaves the
 // volumes out: a state that is not known is not told.
-func (n *Node) tellMetrics(ctx context.Context) {
+func (n *Node) tellMetrics(ctx context.Context, justRan bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), metricsLimit)
 	defer cancel()
-	s, keys, err := n.currentStatus(ctx)
+	s, keys, err := n.currentStatus(ctx, justRan)
 	if err != nil {
 		n.log.Warn("the metrics do not tell the volumes", zap.Error(err))
 	}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -79,6 +80,10 @@ func TestMetrics(t *testing.T) {
 		"last_run_success": 1, "last_run_exit_code": 0, "last_run_kms_calls GenerateDataKey": 1, "last_run_imds_reads": 3, "last_run_retries Identity": 0,
 	})
 	first := m.metrics()
+	m.node().tellMetrics(t.Context(), false)
+	if looked := m.metrics(); !maps.Equal(looked, first) {
+		t.Errorf("without a look at the disks the run tells\n%v, with one\n%v", first, looked)
+	}
 	now := float64(time.Now().Unix())
 	for _, series := range []string{"last_run_timestamp_seconds", "last_success_timestamp_seconds", "data_key_created_timestamp_seconds vol-1 /mnt1"} {
 		if at := first[series]; at > now+1 || at < now-60 {
@@ -94,7 +99,16 @@ func TestMetrics(t *testing.T) {
 		"last_success_timestamp_seconds": first["last_success_timestamp_seconds"],
 	})
 
-	// One disk is gone, another is none of ours, a third one's header fails.
+	if _, err := m.node().Lock(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := m.node().Unlock(t.Context(), []string{"vol-1"}); err != nil || len(r.Failures()) > 0 {
+		t.Fatalf("%v, %v", r.Failures(), err)
+	}
+	m.wantMetrics("unlock of one", map[string]float64{"volumes mounted": 1, "volumes locked": 1, "volume_mounted AWS1 /mnt": 0, "last_run_success": 1})
+	succeeded := m.metrics()["last_success_timestamp_seconds"]
+
+	// One disk is gone, another is none of ours, and the last one does not mount.
 	m.reboot()
 	foreign := m.disk(volumes.ClassEBS, "vol-2")
 	m.write(foreign, 0, bytes.Repeat([]byte("foreign "), 1024))
@@ -113,7 +127,7 @@ func TestMetrics(t *testing.T) {
 	}
 	m.wantMetrics("a bad boot", map[string]float64{
 		"build_info v9": 1, "volumes mounted": 0, "volumes missing": 1, "volumes failed": 1, "volume_mounted vol-1 /mnt1": 0,
-		"last_run_success": 0, "last_run_exit_code": 3, "last_success_timestamp_seconds": first["last_success_timestamp_seconds"],
+		"last_run_success": 0, "last_run_exit_code": 3, "last_success_timestamp_seconds": succeeded,
 	})
 
 	info, err := os.Stat(filepath.Join(m.dir, "run", "metrics.prom"))

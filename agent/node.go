@@ -171,6 +171,7 @@ func (kernelMapper) Ready() error { return luks.Check() }
 // lockRecords opens the state directory for writing and keeps other commands out
 // until release is called.
 func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error) {
+	defer n.spans.begin(SpanRecords, "lock", nil)(nil)
 	if err := n.checkStateDir(); err != nil {
 		return nil, nil, err
 	}

@@ -32,9 +32,7 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 	}
 	f.Records = records
 	if keys != nil {
-		end := n.spans.begin(SpanMap, "unfinished mappings", nil)
 		n.closeUnfinished(ctx, records)
-		end(nil)
 	}
 
 	var identity keycache.Identity
@@ -67,6 +65,7 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 
 // closeUnfinished removes what a run that was killed left between loading a table and using it. It would be taken for an open volume.
 func (n *Node) closeUnfinished(ctx context.Context, records keycache.Records) {
+	defer n.spans.begin(SpanMap, "unfinished mappings", nil)(nil)
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	for _, v := range records.Volumes {

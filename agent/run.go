@@ -82,18 +82,15 @@ func (n *Node) carryOut(ctx context.Context, command string, choose func(Plan) (
 		report.Calls = n.cloud.Calls()
 		n.tell(ctx, command, report, err)
 	}()
-	end := n.spans.begin(SpanRecords, "lock", nil)
 	store, release, err := n.lockRecords(ctx)
-	end(err)
 	if err != nil {
 		return report, err
 	}
 	defer release()
 	keys := newKeyring(ctx, n.cloud)
 	defer func() {
-		end := n.spans.begin(SpanWipe, "keys", nil)
-		werr := n.wipeKeys(keys.take()...)
-		if end(werr); werr != nil {
+		defer n.spans.begin(SpanWipe, "keys", nil)(nil)
+		if werr := n.wipeKeys(keys.take()...); werr != nil {
 			n.log.Warn("keys may be in memory until the process ends", zap.Error(werr))
 		}
 		n.reached(stepWiped)
@@ -288,7 +285,7 @@ func (n *Node) Lock(ctx context.Context, names []string) ([]Locked, error) {
 			return nil, &UnknownVolumeError{Name: name}
 		}
 	}
-	defer func() { n.tellMetrics(ctx) }()
+	defer n.tellMetrics(ctx, false)
 	connect, disconnect := n.connectOnce(ctx)
 	defer disconnect()
 	locked := make([]Locked, len(targets))

@@ -181,7 +181,7 @@ func (n *Node) tell(ctx context.Context, command string, report Report, err erro
 	if err != nil {
 		n.log.Warn("cannot write the timeline", zap.Error(err))
 	}
-	n.tellMetrics(ctx)
+	n.tellMetrics(ctx, true)
 }
 
 // beside is where a file of the run directory is: with the status.
@@ -192,13 +192,14 @@ func (n *Node) beside(path string) string {
 // Status tells how the last run went and how every recorded volume is now. It asks
 // neither KMS nor IMDS.
 func (n *Node) Status(ctx context.Context) (Status, error) {
-	s, _, err := n.currentStatus(ctx)
+	s, _, err := n.currentStatus(ctx, false)
 	return s, err
 }
 
 // currentStatus is Status, and the key records. What the last run said comes with an
-// error too.
-func (n *Node) currentStatus(ctx context.Context) (Status, map[string]keycache.KeyRecord, error) {
+// error too. Where it has just ended and did all, disks are not looked at again: it
+// would only be waited for.
+func (n *Node) currentStatus(ctx context.Context, justRan bool) (Status, map[string]keycache.KeyRecord, error) {
 	s, err := ReadStatus(n.statusPath)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -214,6 +215,9 @@ func (n *Node) currentStatus(ctx context.Context) (Status, map[string]keycache.K
 	if err != nil {
 		return s, nil, err
 	}
+	if justRan && s.mountedAll(records) {
+		return s, records.Keys, nil
+	}
 	scan, err := n.disks.Scan(ctx, nil)
 	if err != nil {
 		return s, nil, err
@@ -228,6 +232,24 @@ func (n *Node) currentStatus(ctx context.Context) (Status, map[string]keycache.K
 		s.Volumes[i].State, s.Volumes[i].Device = stateOf(rec, scan, s.Volumes[i].Device)
 	}
 	return s, records.Keys, nil
+}
+
+// mountedAll tells whether the run left every recorded volume mounted, and notes it.
+func (s Status) mountedAll(records keycache.Records) bool {
+	done := []Verb{Format, Unlock, Adopt, Mount, Nothing}
+	var mounted []int
+	for i, v := range s.Volumes {
+		if _, ok := records.Volumes[v.UUID]; ok && v.Error == "" && slices.Contains(done, Verb(v.Action)) {
+			mounted = append(mounted, i)
+		}
+	}
+	if len(mounted) < len(records.Volumes) {
+		return false
+	}
+	for _, i := range mounted {
+		s.Volumes[i].State = "mounted"
+	}
+	return true
 }
 
 // stateOf tells how a recorded volume is now, and on which device.

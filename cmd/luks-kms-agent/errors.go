@@ -78,7 +78,7 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &timeline):
+	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown):
 		return exitUsage
 	case errors.As(err, &refused):
 		switch refused.Refusal {

@@ -46,6 +46,7 @@ type applier struct {
 	formatReady error // why nothing can be formatted: a program is missing
 	mapReady    error // why nothing can be mapped: the kernel cannot
 	places      map[string]place
+	phases      map[string]*phases // by device path
 
 	mu      sync.Mutex
 	newKeys map[string]*newKey // by scope: "" for the node, or a device path
@@ -68,10 +69,14 @@ func (n *Node) apply(ctx context.Context, store *keycache.Store, f Facts, p Plan
 	a := &applier{
 		Node: n, store: store, records: f.Records, keys: keys,
 		mounter: connect, places: places(p),
-		newKeys: map[string]*newKey{}, adopted: map[string]string{},
+		newKeys: map[string]*newKey{}, adopted: map[string]string{}, phases: map[string]*phases{},
 	}
 	a.checkMeans(ctx, p)
 	outcomes := make([]Outcome, len(p.Actions))
+	for i := range p.Actions {
+		act := &p.Actions[i]
+		a.phases[act.Device.Path] = n.spans.phases(&act.Device.Device, act.Volume.MountPoint)
+	}
 	if err := a.quarantine(p); err != nil {
 		// The records could not be moved aside: nothing may rest on them.
 		for i, act := range p.Actions {
@@ -103,7 +108,9 @@ func (n *Node) apply(ctx context.Context, store *keycache.Store, f Facts, p Plan
 func (n *Node) connectOnce(ctx context.Context) (connect func() (mounter, error), disconnect func()) {
 	var connected mounter
 	connect = sync.OnceValues(func() (m mounter, err error) {
-		if m, err = n.mounts(ctx); err == nil {
+		end := n.spans.begin(SpanMount, "connect to systemd", nil)
+		m, err = n.mounts(ctx)
+		if end(err); err == nil {
 			connected = m
 		}
 		return m, err
@@ -118,6 +125,8 @@ func (n *Node) connectOnce(ctx context.Context) (connect func() (mounter, error)
 // checkMeans finds out before a disk is touched whether what the plan needs is
 // on the machine, each thing once.
 func (a *applier) checkMeans(ctx context.Context, p Plan) {
+	end := a.spans.begin(SpanScan, "programs, kernel", nil)
+	defer end(nil)
 	toMap, toMake := false, map[string]bool{} // filesystem types
 	for _, act := range p.Actions {
 		switch act.Verb {
@@ -147,6 +156,8 @@ func (a *applier) quarantine(p Plan) error {
 	}
 	a.log.Warn("records of another instance are moved to quarantine",
 		zap.Strings("keys", p.QuarantineKeys), zap.Strings("volumes", p.QuarantineVolumes))
+	end := a.spans.begin(SpanRecords, "quarantine", nil)
+	defer end(nil)
 	if err := a.store.Quarantine(p.QuarantineKeys, p.QuarantineVolumes, "another instance-id"); err != nil {
 		return err
 	}
@@ -154,7 +165,34 @@ func (a *applier) quarantine(p Plan) error {
 	return nil
 }
 
-func (a *applier) do(ctx context.Context, act *Action) error {
+// phase says what the time of a volume goes to from now on.
+func (a *applier) phase(act Action, kind SpanKind, name string) {
+	a.phases[act.Device.Path].next(kind, name)
+	a.step("%s", doing(kind, name, act.Device.Path))
+}
+
+// doing says to whoever waits what is being done with a volume.
+func doing(kind SpanKind, name, device string) string {
+	verb := ""
+	switch kind {
+	case SpanWait:
+		return fmt.Sprintf("%s waits %s", device, name)
+	case SpanFormat:
+		verb = "Formatting"
+	case SpanMkfs:
+		verb = "Making the filesystem of"
+	case SpanMount:
+		verb = "Mounting"
+	case SpanMap, SpanUnseal:
+		verb = "Opening"
+	default:
+		verb = "Looking at"
+	}
+	return fmt.Sprintf("%s %s (%s)", verb, device, name)
+}
+
+func (a *applier) do(ctx context.Context, act *Action) (err error) {
+	defer func() { a.phases[act.Device.Path].end(err) }()
 	switch act.Verb {
 	case Format:
 		return a.format(ctx, act)
@@ -180,11 +218,12 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	if err := errors.Join(a.formatReady, a.mapReady); err != nil {
 		return err
 	}
-	a.step("Waiting for the data key of %s", act.Device.Path)
+	a.phase(*act, SpanWait, "for the data key")
 	key, keyRecord, err := a.keyFor(ctx, *act)
 	if err != nil {
 		return err
 	}
+	a.phase(*act, SpanInspect, "look again")
 	hold, err := a.disks.Hold(ctx, act.Device.Device)
 	if err != nil {
 		return err
@@ -193,6 +232,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	if err := a.stillMayFormat(ctx, *act, key); err != nil {
 		return err
 	}
+	a.phase(*act, SpanRecords, "the intent")
 	for _, old := range act.Replaces {
 		if err := a.store.ArchiveVolume(old, "the disk went with a stop of the instance"); err != nil {
 			return err
@@ -213,7 +253,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	if len(label) > maxLabel {
 		label = label[:maxLabel]
 	}
-	a.step("Formatting %s", act.Device.Path)
+	a.phase(*act, SpanFormat, "header, token")
 	err = luks.Format(ctx, act.Device.Path, luks.FormatOptions{
 		UUID: v.UUID, Label: label, KeyARN: keyRecord.KeyARN, WrappedKey: keyRecord.WrappedKey,
 	}, key)
@@ -221,6 +261,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 		return err
 	}
 	a.reached(stepFormatted)
+	a.phase(*act, SpanInspect, "header")
 	header, err := luks.Inspect(act.Device.Path)
 	if err != nil {
 		return err
@@ -229,7 +270,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 		return err
 	}
 	a.reached(stepOpened)
-	if err := a.finish(ctx, v); err != nil {
+	if err := a.finish(ctx, act); err != nil {
 		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))
 	}
 	return a.mount(ctx, *act, v.Mapping)
@@ -239,16 +280,19 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 // so shows noise, and records it ready. The filesystem carries the volume's UUID,
 // so that a later run can tell one that this step made from one that somebody else
 // put there.
-func (a *applier) finish(ctx context.Context, v *keycache.VolumeRecord) error {
-	a.step("Making the %s filesystem of %s", v.Filesystem, v.MountPoint)
+func (a *applier) finish(ctx context.Context, act *Action) error {
+	v := &act.Volume
+	a.phase(*act, SpanFormat, "zero both ends")
 	if err := volumes.ZeroEnds(ctx, a.maps.Path(v.Mapping)); err != nil {
 		return err
 	}
 	a.reached(stepCleared)
+	a.phase(*act, SpanMkfs, "mkfs."+v.Filesystem)
 	if err := volumes.MakeFilesystem(ctx, a.maps.Path(v.Mapping), v.Filesystem, "", v.UUID); err != nil {
 		return err
 	}
 	a.reached(stepFilesystem)
+	a.phase(*act, SpanRecords, "ready")
 	v.State = keycache.StateReady
 	if err := a.putVolume(v); err != nil {
 		return err
@@ -343,19 +387,24 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 	if a.mapReady != nil {
 		return a.mapReady
 	}
-	a.step("Waiting for the data key of %s", act.Device.Path)
+	a.phase(*act, SpanWait, "for the data key")
 	key, err := a.opener(act.Volume, act.Device.Header)
 	if err != nil {
 		return err
 	}
 	options := a.openOptions(*act)
-	options.Loaded = func() { place.wait(longestWait) }
+	options.Loaded = func() {
+		a.phase(*act, SpanWait, "for the other volumes")
+		place.wait(longestWait)
+		a.phase(*act, SpanMap, "show it")
+	}
 	if err := a.open(ctx, *act, key, options); err != nil {
 		return err
 	}
 	v := &act.Volume
 	if old := a.records.Volumes[v.UUID]; v.Identity != act.Device.Identity || v.MountPoint != old.MountPoint {
 		v.Identity, v.Class = act.Device.Identity, string(act.Device.Class)
+		a.phase(*act, SpanRecords, "where it is")
 		if err := a.putVolume(v); err != nil {
 			return err
 		}
@@ -378,13 +427,14 @@ func (a *applier) opener(v keycache.VolumeRecord, header *luks.Inspection) (*key
 
 // open maps a volume that was inspected, if it still is on the disk that was seen.
 func (a *applier) open(ctx context.Context, act Action, key *keycache.Key, options luks.OpenOptions) (err error) {
-	a.step("Opening %s", act.Device.Path)
 	header := act.Device.Header
 	if header.PrimaryDamaged {
+		a.phase(act, SpanFormat, "restore the primary header")
 		if header, err = a.restoreHeader(ctx, act, key); err != nil {
 			return err
 		}
 	}
+	a.phase(act, SpanWait, "for a processor")
 	if err := a.disks.Check(act.Device.Device); err != nil {
 		return err
 	}
@@ -419,8 +469,8 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	if a.mapReady != nil {
 		return a.mapReady
 	}
+	a.phase(*act, SpanWait, "for the data key")
 	rec := a.adoptedKey(act.Key)
-	a.step("Waiting for the data key of %s", act.Device.Path)
 	key, err := a.keys.get(rec)
 	if err != nil {
 		return err
@@ -430,6 +480,7 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	if err := a.open(ctx, *act, key, a.openOptions(*act)); err != nil {
 		return err
 	}
+	a.phase(*act, SpanInspect, "filesystem")
 	content, err := volumes.Filesystem(ctx, a.maps.Path(v.Mapping))
 	if err == nil && !slices.Contains(filesystems, content.Type) {
 		err = &RefusedError{Refusal: RefusedContent, Device: act.Device.Path,
@@ -437,6 +488,7 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	}
 	if err == nil {
 		v.Filesystem = content.Type
+		a.phase(*act, SpanRecords, "adopted")
 		err = a.recordAdopted(rec, v)
 	}
 	if err != nil {
@@ -526,10 +578,12 @@ func (n *Node) makeKey(ctx context.Context, store *keycache.Store, keys *keyring
 		return nil, rec, err
 	}
 	n.reached(stepKeyMade)
+	end := n.spans.begin(SpanRecords, "the data key's", nil)
 	if err := store.PutKey(rec); err != nil {
 		return nil, rec, err
 	}
 	n.reached(stepKeyRecorded)
+	end(nil)
 	proven, err := keys.get(rec)
 	if err != nil {
 		return nil, rec, fmt.Errorf("cannot prove the new data key before it locks a disk: %w", err)
@@ -545,15 +599,17 @@ func (a *applier) openOptions(act Action) luks.OpenOptions {
 	off := a.cfg.Workqueues == "off"
 	return luks.OpenOptions{
 		Name: act.Volume.Mapping, NoReadWorkqueue: off, NoWriteWorkqueue: off || a.cfg.Workqueues == "auto" && !act.Device.Rotational,
+		Unsealing: func() { a.phase(act, SpanUnseal, "key slot, MAC") },
+		Unsealed:  func() { a.phase(act, SpanMap, "map it") },
 	}
 }
 
 func (a *applier) mount(ctx context.Context, act Action, mapping string) error {
+	a.phase(act, SpanMount, "mount")
 	m, err := a.mounter()
 	if err != nil {
 		return err
 	}
-	a.step("Mounting %s", act.Volume.MountPoint)
 	return m.StartMount(ctx, systemd.Mount{
 		What: a.maps.Path(mapping), Where: act.Volume.MountPoint, Type: act.Volume.Filesystem,
 		Description: fmt.Sprintf("Encrypted volume %s (%s)", act.Volume.Identity, act.Volume.UUID),

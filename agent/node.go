@@ -81,12 +81,23 @@ type Node struct {
 	// statusPath is where the outcome of the last run stands for others to read.
 	statusPath string
 	now        func() time.Time
-	atStep     func(step)
-	wipeKeys   func(...*keycache.Key) error
+	spans      *spans
+	// Program is set, by who makes the node, before it is used.
+	Program  Program
+	atStep   func(step)
+	wipeKeys func(...*keycache.Key) error
+}
+
+// Program is what only the program knows, and the status and the metrics tell.
+type Program struct {
+	Version string
+	// ExitCode is the exit code for all that failed, 0 for nothing. nil: all codes are 0.
+	ExitCode func([]error) int
 }
 
 // New joins the rooms for this machine. It touches nothing.
 func New(cfg Config, log *zap.Logger) (*Node, error) {
+	spans := &spans{now: time.Now}
 	n := &Node{
 		cfg:        cfg,
 		log:        log,
@@ -95,6 +106,7 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 		usage:      volumes.Usage,
 		statusPath: DefaultStatusPath,
 		now:        time.Now,
+		spans:      spans,
 		atStep:     stepHook(),
 		wipeKeys:   keycache.WipeAll,
 	}
@@ -105,7 +117,9 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 		IMDSEndpoint: cfg.IMDSEndpoint,
 		CallTimeout:  cfg.CallTimeout,
 		RetryLimit:   cfg.RetryLimit,
+		OnAttempt:    spans.attempted,
 		OnRetry: func(r keycache.Retry) {
+			spans.retried(r)
 			log.Warn("waiting for AWS", zap.String("call", r.Op), zap.Int("attempt", r.Attempt),
 				zap.Duration("next_try_in", r.Wait), zap.Duration("given_up_after", r.Limit), zap.Error(r.Err))
 			n.tell(fmt.Sprintf("Waiting for %s, attempt %d: %v", r.Op, r.Attempt, r.Err))
@@ -177,6 +191,7 @@ func (kernelMapper) Ready() error { return luks.Check() }
 // lockRecords opens the state directory for writing and keeps other commands out
 // until release is called.
 func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error) {
+	defer n.spans.begin(SpanRecords, "lock", nil)(nil)
 	if err := n.checkStateDir(); err != nil {
 		return nil, nil, err
 	}

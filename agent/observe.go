@@ -24,7 +24,9 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	f := Facts{Config: n.cfg}
+	end := n.spans.begin(SpanRecords, "read", nil)
 	records, err := store.Load()
+	end(err)
 	if err != nil {
 		return f, err
 	}
@@ -63,6 +65,7 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 
 // closeUnfinished removes what a run that was killed left between loading a table and using it. It would be taken for an open volume.
 func (n *Node) closeUnfinished(ctx context.Context, records keycache.Records) {
+	defer n.spans.begin(SpanMap, "unfinished mappings", nil)(nil)
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	for _, v := range records.Volumes {
@@ -75,7 +78,7 @@ func (n *Node) closeUnfinished(ctx context.Context, records keycache.Records) {
 // scan lists the disks. Only where there are Xen disks does IMDS have to say
 // which of them are instance store.
 func (n *Node) scan(ctx context.Context) (volumes.Scan, error) {
-	scan, err := n.disks.Scan(ctx, nil)
+	scan, err := n.scanOnce(ctx, "disks", nil)
 	if err != nil {
 		return scan, err
 	}
@@ -87,7 +90,14 @@ func (n *Node) scan(ctx context.Context) (volumes.Scan, error) {
 	if err != nil {
 		return scan, err
 	}
-	return n.disks.Scan(ctx, ephemeral)
+	return n.scanOnce(ctx, "disks, with IMDS's names", ephemeral)
+}
+
+func (n *Node) scanOnce(ctx context.Context, name string, ephemeral []string) (volumes.Scan, error) {
+	end := n.spans.begin(SpanScan, name, nil)
+	scan, err := n.disks.Scan(ctx, ephemeral)
+	end(err)
+	return scan, err
 }
 
 // stateDirOnManaged refuses records that only they themselves can open: a state
@@ -115,7 +125,10 @@ func (n *Node) stateDirOnManaged(scan volumes.Scan) error {
 func (n *Node) inspect(ctx context.Context, devices []volumes.Device) []DeviceFacts {
 	return eachDisk(devices, func(d volumes.Device, f *DeviceFacts) {
 		if d.Class != "" && len(d.Uses) == 0 && len(d.Mappings) == 0 && !n.isExcluded(d) {
+			p := n.spans.phases(&f.Device, "")
+			p.next(SpanInspect, "header, content")
 			f.Header, f.Content, f.Err = look(ctx, d)
+			p.end(f.Err)
 		}
 	})
 }

@@ -44,13 +44,13 @@ func (n *Node) Plan(ctx context.Context) (Plan, error) {
 // Volumes that somebody counts on and that are not there are waited for, up to
 // DeviceWait: a disk may be attached while the node boots. The others do not wait.
 func (n *Node) Run(ctx context.Context) (Report, error) {
-	return n.carryOut(ctx, nil, n.cfg.DeviceWait)
+	return n.carryOut(ctx, "run", nil, n.cfg.DeviceWait)
 }
 
 // Unlock opens and mounts volumes and never formats. The names are those of
 // [Node.Lock]; none means all.
 func (n *Node) Unlock(ctx context.Context, names []string) (Report, error) {
-	return n.carryOut(ctx, func(p Plan) (Plan, error) {
+	return n.carryOut(ctx, "unlock", func(p Plan) (Plan, error) {
 		var kept []Action
 		for _, a := range p.Actions {
 			if len(names) == 0 && a.Verb != Format || slices.ContainsFunc(names, a.is) {
@@ -75,17 +75,16 @@ func (n *Node) Unlock(ctx context.Context, names []string) (Report, error) {
 
 // carryOut is observe, decide, apply and write down; for volumes that come late it
 // is done again.
-func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error), wait time.Duration) (report Report, err error) {
+func (n *Node) carryOut(ctx context.Context, command string, choose func(Plan) (Plan, error), wait time.Duration) (report Report, err error) {
 	report = Report{Started: n.now()}
+	n.spans.reset(report.Started)
 	defer func() {
 		if errors.Is(err, keycache.ErrLocked) {
 			return // the status is the other command's to write
 		}
 		report.Finished = n.now()
 		report.Calls = n.cloud.Calls()
-		if werr := writeStatus(n.statusPath, newStatus(report, err, n.lastStatus())); werr != nil {
-			n.log.Warn("cannot write the status", zap.Error(werr))
-		}
+		n.writeDown(ctx, command, report, err)
 	}()
 	store, release, err := n.lockRecords(ctx)
 	if err != nil {
@@ -94,6 +93,7 @@ func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error), wa
 	defer release()
 	keys := newKeyring(ctx, n.cloud)
 	defer func() {
+		defer n.spans.begin(SpanWipe, "keys", nil)(nil)
 		if werr := n.wipeKeys(keys.take()...); werr != nil {
 			n.log.Warn("keys may be in memory until the process ends", zap.Error(werr))
 		}
@@ -170,6 +170,8 @@ func (n *Node) awaitDisk(ctx context.Context, report Report, seen string, deadli
 	}
 	n.tell("Waiting for a disk: " + missing[0].Action.Reason)
 	systemd.ExtendTimeout(left + time.Minute)
+	end := n.spans.begin(SpanWait, "for a disk", nil)
+	defer end(nil)
 	for ; n.now().Before(deadline) && ctx.Err() == nil; time.Sleep(min(devicePoll, max(0, deadline.Sub(n.now())))) {
 		// A scan that fails now is one of a moment at which disks come and go.
 		if now, err := n.disks.Scan(ctx, nil); err == nil && fingerprint(now.Devices) != seen {
@@ -287,6 +289,7 @@ func (n *Node) Lock(ctx context.Context, names []string) ([]Locked, error) {
 			return nil, &UnknownVolumeError{Name: name}
 		}
 	}
+	defer n.tellMetrics(ctx, false)
 	connect, disconnect := n.connectOnce(ctx)
 	defer disconnect()
 	locked := make([]Locked, len(targets))

@@ -235,9 +235,11 @@ func (m *machine) Open(_ context.Context, i *luks.Inspection, k luks.Key, o luks
 	if err := m.fail("open", i.Path); err != nil {
 		return err
 	}
+	o.Unsealing()
 	if err := i.Verify(k); err != nil {
 		return err
 	}
+	o.Unsealed()
 	if m.open[o.Name] != "" {
 		return fmt.Errorf("cannot map %s: it exists", o.Name)
 	}

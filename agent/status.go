@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
@@ -53,14 +55,16 @@ func (r Report) Failures() []error {
 
 // Status is the outcome of the last run, as the status file has it.
 type Status struct {
-	Version    int            `json:"version"`
-	Started    time.Time      `json:"started"`
-	Finished   time.Time      `json:"finished"`
-	InstanceID string         `json:"instance_id,omitempty"`
-	Result     string         `json:"result"`          // "ok" or "failed"
-	Error      string         `json:"error,omitempty"` // what stopped the run as a whole
-	KMS        CallsStatus    `json:"kms"`
-	Volumes    []VolumeStatus `json:"volumes"`
+	Version     int            `json:"version"`
+	Started     time.Time      `json:"started"`
+	Finished    time.Time      `json:"finished"`
+	InstanceID  string         `json:"instance_id,omitempty"`
+	Result      string         `json:"result"`          // "ok" or "failed"
+	Error       string         `json:"error,omitempty"` // what stopped the run as a whole
+	ExitCode    int            `json:"exit_code"`
+	LastSuccess *time.Time     `json:"last_success,omitempty"` // when a run of this boot last ended with result "ok"
+	KMS         CallsStatus    `json:"kms"`
+	Volumes     []VolumeStatus `json:"volumes"`
 
 	// What follows is of now, and not in the file.
 
@@ -73,13 +77,14 @@ type Status struct {
 
 // CallsStatus counts what was asked of AWS.
 type CallsStatus struct {
-	GenerateDataKey int      `json:"generate_data_key"`
-	Decrypt         int      `json:"decrypt"`
-	DescribeKey     int      `json:"describe_key"`
-	ReEncrypt       int      `json:"re_encrypt,omitempty"`
-	IMDS            int      `json:"imds"`
-	Retries         int      `json:"retries"`
-	RequestIDs      []string `json:"request_ids,omitempty"`
+	GenerateDataKey int            `json:"generate_data_key"`
+	Decrypt         int            `json:"decrypt"`
+	DescribeKey     int            `json:"describe_key"`
+	ReEncrypt       int            `json:"re_encrypt,omitempty"`
+	IMDS            int            `json:"imds"`
+	Retries         int            `json:"retries"`
+	RequestIDs      []string       `json:"request_ids,omitempty"`
+	RetriesOf       map[string]int `json:"retries_of,omitempty"` // call -> waits
 }
 
 // VolumeStatus is one device of the last run, and what is so of it now.
@@ -97,6 +102,7 @@ type VolumeStatus struct {
 	Reason     string  `json:"reason,omitempty"`
 	Error      string  `json:"error,omitempty"`
 	Seconds    float64 `json:"seconds,omitempty"`
+	Missing    bool    `json:"missing,omitempty"` // the run found no disk
 	// LastUnlock is when a run of this boot last opened it.
 	LastUnlock time.Time `json:"last_unlock,omitzero"`
 
@@ -169,7 +175,7 @@ func (s *Status) volume(uuid string) *VolumeStatus {
 
 func volumeStatus(a Action) VolumeStatus {
 	v := recordStatus(a.Volume)
-	v.Action, v.Reason = string(a.Verb), a.Reason
+	v.Action, v.Reason, v.Missing = string(a.Verb), a.Reason, a.Missing
 	if a.Device.Path != "" {
 		v.Device, v.Class, v.Identity, v.Size = a.Device.Path, string(a.Device.Class), a.Device.Identity, a.Device.Size
 	}
@@ -183,21 +189,13 @@ func recordStatus(r keycache.VolumeRecord) VolumeStatus {
 	}
 }
 
-// writeStatus replaces the status file as a whole. It is derived, so it is not
-// synced; a reader sees the old one or the new one.
+// writeStatus replaces the status file as a whole.
 func writeStatus(path string, s Status) error {
 	data, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	tmp := path + ".new"
-	if err := os.WriteFile(tmp, append(data, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
+	return replaceFile(path, append(data, '\n'), 0o600)
 }
 
 // ReadStatus reads the status file; fs.ErrNotExist means that nothing ran since
@@ -220,10 +218,53 @@ func (n *Node) lastStatus() Status {
 	return s
 }
 
+// writeDown writes down how a run went: the status, the timeline and the metrics. None of
+// them is needed for anything, so a failure is only logged.
+func (n *Node) writeDown(ctx context.Context, command string, report Report, err error) {
+	last := n.lastStatus()
+	s := newStatus(report, err, last)
+	if n.Program.ExitCode != nil {
+		failed := report.Failures()
+		if err != nil {
+			failed = []error{err}
+		}
+		s.ExitCode = n.Program.ExitCode(failed)
+	}
+	if s.Result == "ok" {
+		s.LastSuccess = &s.Finished
+	} else {
+		s.LastSuccess = last.LastSuccess
+	}
+	if err := writeStatus(n.statusPath, s); err != nil {
+		n.log.Warn("cannot write the status", zap.Error(err))
+	}
+	data, err := json.Marshal(n.spans.timeline(command, s, report.Finished))
+	if err == nil {
+		err = replaceFile(n.beside(DefaultTimelinePath), append(data, '\n'), 0o600)
+	}
+	if err != nil {
+		n.log.Warn("cannot write the timeline", zap.Error(err))
+	}
+	n.tellMetrics(ctx, true)
+}
+
+// beside is where a file of the run directory is: with the status.
+func (n *Node) beside(path string) string {
+	return filepath.Join(filepath.Dir(n.statusPath), filepath.Base(path))
+}
+
 // Status tells how the last run went and how every recorded volume is now. It asks
 // neither KMS nor IMDS, needs no key and takes no lock. The error is for what leaves
 // nothing to tell; what else is wrong is in the status.
 func (n *Node) Status(ctx context.Context) (Status, error) {
+	s, _, err := n.currentStatus(ctx, false)
+	return s, err
+}
+
+// currentStatus is Status, and the key records. What the last run said comes with an
+// error too. Where it has just ended and did all, disks are not looked at again: it
+// would only be waited for.
+func (n *Node) currentStatus(ctx context.Context, justRan bool) (Status, map[string]keycache.KeyRecord, error) {
 	s, err := ReadStatus(n.statusPath)
 	if err != nil {
 		s = Status{Version: statusVersion, Result: "none", Volumes: []VolumeStatus{}}
@@ -233,15 +274,18 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 	}
 	store, err := keycache.ViewStore(n.cfg.StateDir)
 	if err != nil {
-		return s, err
+		return s, nil, err
 	}
 	records, err := store.Load()
 	if err != nil {
-		return s, err
+		return s, nil, err
+	}
+	if justRan && s.mountedAll(records) {
+		return s, records.Keys, nil
 	}
 	scan, err := n.disks.Scan(ctx, nil)
 	if err != nil {
-		return s, err
+		return s, nil, err
 	}
 	if s.Error != "" {
 		s.Problems = append(s.Problems, s.Error)
@@ -275,7 +319,25 @@ func (n *Node) Status(ctx context.Context) (Status, error) {
 		well = well && len(v.Problems) == 0 && (v.State == "" || v.State == "mounted")
 	}
 	s.Well = &well
-	return s, nil
+	return s, records.Keys, nil
+}
+
+// mountedAll tells whether the run left every recorded volume mounted, and notes it.
+func (s Status) mountedAll(records keycache.Records) bool {
+	done := []Verb{Format, Unlock, Adopt, Mount, Nothing}
+	var mounted []int
+	for i, v := range s.Volumes {
+		if _, ok := records.Volumes[v.UUID]; ok && v.Error == "" && slices.Contains(done, Verb(v.Action)) {
+			mounted = append(mounted, i)
+		}
+	}
+	if len(mounted) < len(records.Volumes) {
+		return false
+	}
+	for _, i := range mounted {
+		s.Volumes[i].State = "mounted"
+	}
+	return true
 }
 
 // headers reads the headers of the disks that may be ours, open ones too.

@@ -949,7 +949,7 @@ func TestEmptyCredentialsAreNotUsed(t *testing.T) {
 			Header: http.Header{"X-Aws-Ec2-Metadata-Token-Ttl-Seconds": {"60"}},
 		}, nil
 	}), func() {})
-	_, err := newCredentials(m, time.Second).Retrieve(t.Context())
+	_, err := newCredentials(m, time.Second, nil).Retrieve(t.Context())
 	var e *Error
 	if !errors.As(err, &e) || e.Reason != ReasonNoCredentials || !strings.Contains(err.Error(), "are empty") {
 		t.Errorf("%v", err)
@@ -1335,5 +1335,42 @@ func TestEndpointsMustNotShowTheDataKey(t *testing.T) {
 		if _, err := New(Options{KeyID: "alias/x", KMSEndpoint: endpoint}); (err == nil) != good {
 			t.Errorf("a client of %q: %v", endpoint, err)
 		}
+	}
+}
+
+// TestOnAttempt: who measures hears of every attempt, each with its own stretch of time, and of the credentials inside the first.
+func TestOnAttempt(t *testing.T) {
+	var mu sync.Mutex
+	var attempts []Attempt
+	n := newNode(t, func(o *Options) {
+		o.OnAttempt = func(a Attempt) {
+			mu.Lock()
+			defer mu.Unlock()
+			attempts = append(attempts, a)
+		}
+	})
+	n.kms.Fail(kmstest.Fault{Op: "GenerateDataKey", Status: 500, Code: "KMSInternalException", Times: 1})
+	n.generate(t)
+	var got []string
+	for _, a := range attempts {
+		got = append(got, fmt.Sprint(a.Op, " ", a.Number, " ", a.Err != nil))
+		if a.Start.IsZero() || a.Took < 0 {
+			t.Errorf("%+v", a)
+		}
+	}
+	want := []string{"Identity 1 false", "Credentials 1 false", "GenerateDataKey 1 true", "GenerateDataKey 2 false"}
+	if !slices.Equal(got, want) {
+		t.Errorf("attempts %q, want %q", got, want)
+	}
+	if gap := attempts[3].Start.Sub(attempts[2].Start.Add(attempts[2].Took)); gap != n.waits[0] {
+		t.Errorf("%v between attempts of which one waited %v", gap, n.waits[0])
+	}
+	calls := n.Calls()
+	if !reflect.DeepEqual(calls.RetriesOf, map[string]int{"GenerateDataKey": 1}) || calls.Retries != 1 {
+		t.Errorf("%+v", calls)
+	}
+	calls.RetriesOf["GenerateDataKey"] = 9
+	if n.Calls().RetriesOf["GenerateDataKey"] != 1 {
+		t.Error("Calls lends its own map")
 	}
 }

@@ -150,19 +150,25 @@ func (m *metadata) read(ctx context.Context, path string) (string, error) {
 type roleCredentials struct {
 	role    *ec2rolecreds.Provider
 	timeout time.Duration
+	done    func(Attempt) // may be nil
 }
 
-func newCredentials(m *metadata, timeout time.Duration) *aws.CredentialsCache {
+func newCredentials(m *metadata, timeout time.Duration, done func(Attempt)) *aws.CredentialsCache {
 	return aws.NewCredentialsCache(roleCredentials{
 		role: ec2rolecreds.New(func(o *ec2rolecreds.Options) { o.Client = m }),
 		// aws.CredentialsCache hides the caller's deadline. A little less than
 		// the attempt has, so that what was being waited for is in the error.
 		timeout: timeout - timeout/10,
+		done:    done,
 	})
 }
 
 // Retrieve implements aws.CredentialsProvider.
-func (r roleCredentials) Retrieve(ctx context.Context) (aws.Credentials, error) {
+func (r roleCredentials) Retrieve(ctx context.Context) (_ aws.Credentials, err error) {
+	if r.done != nil {
+		start := time.Now()
+		defer func() { r.done(Attempt{Op: "Credentials", Number: 1, Start: start, Took: time.Since(start), Err: err}) }()
+	}
 	ctx, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()
 	creds, err := r.role.Retrieve(ctx)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -53,6 +54,9 @@ type Options struct {
 	// OnRetry, if not nil, is called before each wait, in the goroutine of the
 	// call.
 	OnRetry func(Retry)
+	// OnAttempt, if not nil, is called after each attempt of a call, in its
+	// goroutine. It is for who measures.
+	OnAttempt func(Attempt)
 }
 
 func (o Options) imdsEndpoint() string {
@@ -83,9 +87,10 @@ type Client struct {
 type Calls struct {
 	// Attempts of each KMS call that were sent; one call may be several.
 	GenerateDataKey, Decrypt, DescribeKey, ReEncrypt int
-	IMDS                                             int      // reads of the metadata service, session tokens not included
-	Retries                                          int      // waits
-	RequestIDs                                       []string // of KMS's answers, in order, failures included
+	IMDS                                             int            // reads of the metadata service, session tokens not included
+	Retries                                          int            // waits
+	RequestIDs                                       []string       // of KMS's answers, in order, failures included
+	RetriesOf                                        map[string]int // waits of each Retry.Op; nil without any
 }
 
 // aliasName matches the part of a key id or ARN that names an alias.
@@ -137,7 +142,7 @@ func New(o Options) (*Client, error) {
 		c.limit = defaultRetryLimit
 	}
 	c.imds = newMetadata(o.imdsEndpoint(), transport(), func() { c.note(func(calls *Calls) { calls.IMDS++ }) })
-	c.creds = newCredentials(c.imds, c.timeout)
+	c.creds = newCredentials(c.imds, c.timeout, o.OnAttempt)
 	c.connect = c.connectKMS
 	return c, nil
 }
@@ -203,7 +208,7 @@ func (c *Client) Calls() Calls {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	calls := c.calls
-	calls.RequestIDs = slices.Clone(calls.RequestIDs)
+	calls.RequestIDs, calls.RetriesOf = slices.Clone(calls.RequestIDs), maps.Clone(calls.RetriesOf)
 	return calls
 }
 

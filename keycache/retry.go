@@ -40,6 +40,15 @@ type Retry struct {
 	Limit   time.Duration // Options.RetryLimit: how long attempts are made
 }
 
+// Attempt is one try of a call, when it has ended.
+type Attempt struct {
+	Op     string // as in Retry; or "Credentials", the role's, which are read inside the attempt that needs them
+	Number int    // of this call, from 1
+	Start  time.Time
+	Took   time.Duration
+	Err    error
+}
+
 // clock is time and chance, for tests.
 type clock struct {
 	now    func() time.Time
@@ -87,7 +96,7 @@ func (c clock) throttledBackoff(refusals int) time.Duration {
 func (c *Client) retry(ctx context.Context, start time.Time, op, object string, f func(context.Context) error) error {
 	refusals := 0 // attempts that were throttled
 	for attempt := 1; ; attempt++ {
-		err := c.attempt(ctx, f)
+		err := c.attempt(ctx, op, attempt, f)
 		if err == nil {
 			return nil
 		}
@@ -111,7 +120,13 @@ func (c *Client) retry(ctx context.Context, start time.Time, op, object string, 
 			wait = c.clock.throttledBackoff(refusals)
 		}
 		wait = min(wait, c.limit-elapsed)
-		c.note(func(calls *Calls) { calls.Retries++ })
+		c.note(func(calls *Calls) {
+			calls.Retries++
+			if calls.RetriesOf == nil {
+				calls.RetriesOf = map[string]int{}
+			}
+			calls.RetriesOf[op]++
+		})
 		if c.options.OnRetry != nil {
 			c.options.OnRetry(Retry{Op: op, Attempt: attempt, Wait: wait, Err: e, Elapsed: elapsed, Limit: c.limit})
 		}
@@ -122,8 +137,14 @@ func (c *Client) retry(ctx context.Context, start time.Time, op, object string, 
 	}
 }
 
-func (c *Client) attempt(ctx context.Context, f func(context.Context) error) error {
+func (c *Client) attempt(ctx context.Context, op string, number int, f func(context.Context) error) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
+	if c.options.OnAttempt != nil {
+		start := c.clock.now()
+		defer func() {
+			c.options.OnAttempt(Attempt{Op: op, Number: number, Start: start, Took: c.clock.now().Sub(start), Err: err})
+		}()
+	}
 	return f(ctx)
 }

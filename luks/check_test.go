@@ -235,7 +235,7 @@ func refused(t *testing.T, path, want string) {
 	} else if r := reasons(t, err); !strings.Contains(r, want) {
 		t.Errorf("verify: %v", err)
 	}
-	if _, err := i.unseal(rightKey()); err == nil {
+	if _, err := i.unseal(rightKey(), nil); err == nil {
 		t.Error("unsealed")
 	}
 }

@@ -36,6 +36,9 @@ type OpenOptions struct {
 	Name             string // of the mapping: 1 to 83 of A-Z a-z 0-9 # + - . : = @ _
 	NoReadWorkqueue  bool   // where the kernel has it (Linux 5.9); before 6.1.79, 6.6.18, 6.7.6 and 6.8 it can corrupt memory (CVE-2024-26718)
 	NoWriteWorkqueue bool   // where the kernel has it (Linux 5.9)
+	// Unsealing and Unsealed, if they are there, are called when a processor is free to unseal the key slot, and when the key has shown
+	// that it is this volume's and the MAC holds. They are for who measures.
+	Unsealing, Unsealed func()
 	// Loaded, if it is there, is called when the kernel has the key and the table. Until it returns the volume is not to be seen, and
 	// udev does not look at it: who opens several may have udev wait for the last.
 	Loaded func()
@@ -53,7 +56,7 @@ func (i *Inspection) Verify(k Key) error {
 }
 
 func (i *Inspection) verify(k Key) error {
-	v, err := i.unseal(k)
+	v, err := i.unseal(k, nil)
 	if err != nil {
 		return err
 	}
@@ -80,11 +83,14 @@ func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) 
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	v, err := i.unseal(k)
+	v, err := i.unseal(k, o.Unsealing)
 	if err != nil {
 		return err
 	}
 	defer wipe(v)
+	if o.Unsealed != nil {
+		o.Unsealed()
+	}
 	if err := i.unchanged(); err != nil {
 		return err
 	}
@@ -166,8 +172,9 @@ func (i *Inspection) rereads() (same bool, err error) {
 	return sameArea(f, i.area, i.checked.areaOffset)
 }
 
-// unseal returns the volume with its key, which the caller wipes. Everything that Verify promises is done when it returns.
-func (i *Inspection) unseal(k Key) (*luksgo.Volume, error) {
+// unseal returns the volume with its key, which the caller wipes. Everything that Verify promises is done when it returns. started, if
+// not nil, is called when a processor is free for it.
+func (i *Inspection) unseal(k Key, started func()) (*luksgo.Volume, error) {
 	if err := i.refusal(); err != nil {
 		return nil, err
 	}
@@ -181,7 +188,7 @@ func (i *Inspection) unseal(k Key) (*luksgo.Volume, error) {
 	}
 	macHolds := hmac.Equal(mac, c.token.MAC)
 
-	v, err := c.unsealInMemory(i.area, k)
+	v, err := c.unsealInMemory(i.area, k, started)
 	wrongKey := errors.Is(err, luksgo.ErrPassphraseDoesNotMatch)
 	switch {
 	case err != nil && !wrongKey:
@@ -207,7 +214,7 @@ var unsealing = make(chan struct{}, runtime.GOMAXPROCS(0))
 
 // unsealInMemory lets luks.go unseal a header that is made here from judged values: one keyslot, its digest, one segment, no token.
 // It is written in front of the keyslot's area, which keeps its offset.
-func (c *checked) unsealInMemory(area *os.File, k Key) (v *luksgo.Volume, err error) {
+func (c *checked) unsealInMemory(area *os.File, k Key, started func()) (v *luksgo.Volume, err error) {
 	slot := strconv.Itoa(c.token.Keyslot)
 	digest := c.digest
 	digest.Keyslots = []string{slot}
@@ -237,6 +244,9 @@ func (c *checked) unsealInMemory(area *os.File, k Key) (v *luksgo.Volume, err er
 	// process, which opens others at the same time.
 	unsealing <- struct{}{}
 	defer func() { <-unsealing }()
+	if started != nil {
+		started()
+	}
 	defer func() {
 		if p := recover(); p != nil {
 			v, err = nil, fmt.Errorf("luks.go panicked: %v", p)

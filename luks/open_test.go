@@ -152,7 +152,7 @@ func TestOpenFixedSize(t *testing.T) {
 		t.Fatal(err)
 	}
 	i.checked.token.MAC = mac
-	v, err := i.unseal(rightKey())
+	v, err := i.unseal(rightKey(), nil)
 	if err != nil || v.StorageSize != 8192 {
 		t.Errorf("%v %+v", err, v)
 	}
@@ -345,7 +345,7 @@ func TestCompare(t *testing.T) {
 				StorageSectorSize: v.StorageSectorSize, StorageOffset: v.StorageOffset, StorageSize: v.StorageSize}
 		},
 	} {
-		v, err := i.unseal(rightKey())
+		v, err := i.unseal(rightKey(), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -631,11 +631,15 @@ func TestLoadedIsBeforeUse(t *testing.T) {
 			t.Error("the volume key is kept while others are waited for")
 		}
 	}
+	says := func(step string) func() { return func() { steps = append(steps, step) } }
+	o := OpenOptions{Name: "x", Unsealing: says("unsealing"), Unsealed: says("unsealed"), Loaded: loaded}
 	i := inspected(t, volume(t))
-	if err := i.open(t.Context(), rightKey(), OpenOptions{Name: "x", Loaded: loaded}, dm); err != nil || !slices.Equal(steps, []string{"create", "loaded", "resume"}) {
+	want := []string{"unsealing", "unsealed", "create", "loaded", "resume"}
+	if err := i.open(t.Context(), rightKey(), o, dm); err != nil || !slices.Equal(steps, want) {
 		t.Errorf("%v, in the order %q", err, steps)
 	}
-	if err := i.open(t.Context(), keyOf(1), OpenOptions{Name: "y", Loaded: loaded}, dm); !errors.Is(err, ErrWrongKey) || len(steps) != 3 {
+	o.Name, steps = "y", nil
+	if err := i.open(t.Context(), keyOf(1), o, dm); !errors.Is(err, ErrWrongKey) || !slices.Equal(steps, want[:1]) {
 		t.Errorf("%v, in the order %q", err, steps)
 	}
 }

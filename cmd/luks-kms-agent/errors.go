@@ -66,20 +66,21 @@ var byUrgency = []int{exitUnavailable, exitKMSDenied, exitHeader, exitMissing, e
 // exitCode is the one place that turns an error into an exit code.
 func exitCode(err error) int {
 	var (
-		failed  *failedError
-		usage   *usageError
-		config  *agent.ConfigError
-		unknown *agent.UnknownVolumeError
-		emr     *agent.EMRError
-		nothing *agent.EMRNothingError
-		refused *agent.RefusedError
-		kms     *keycache.Error
-		store   *keycache.StoreError
-		record  *keycache.RecordError
-		header  *luks.HeaderError
-		mount   *systemd.MountError
-		program *exec.ExitError
-		errno   syscall.Errno
+		failed   *failedError
+		usage    *usageError
+		config   *agent.ConfigError
+		unknown  *agent.UnknownVolumeError
+		emr      *agent.EMRError
+		nothing  *agent.EMRNothingError
+		refused  *agent.RefusedError
+		kms      *keycache.Error
+		store    *keycache.StoreError
+		record   *keycache.RecordError
+		header   *luks.HeaderError
+		mount    *systemd.MountError
+		program  *exec.ExitError
+		errno    syscall.Errno
+		timeline *agent.TimelineError
 	)
 	switch {
 	case err == nil:
@@ -95,7 +96,7 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr):
+	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr):
 		return exitUsage
 	case errors.As(err, &nothing):
 		return exitRefused
@@ -127,7 +128,7 @@ func exitCode(err error) int {
 	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
 		return exitRefused
 	case errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, agent.ErrNoKeySlot),
-		errors.Is(err, fs.ErrNotExist), errors.As(err, &program), errors.As(err, &errno):
+		errors.Is(err, fs.ErrNotExist), errors.Is(err, agent.ErrNothingRan), errors.As(err, &program), errors.As(err, &errno):
 		return exitDevice
 	}
 	return exitInternal
@@ -136,18 +137,23 @@ func exitCode(err error) int {
 // hint says what to do about an error, "" where there is nothing to add.
 func hint(err error) string {
 	var (
-		usage   *usageError
-		config  *agent.ConfigError
-		unknown *agent.UnknownVolumeError
-		emr     *agent.EMRError
-		nothing *agent.EMRNothingError
-		refused *agent.RefusedError
-		kms     *keycache.Error
-		store   *keycache.StoreError
-		mount   *systemd.MountError
-		header  *luks.HeaderError
+		usage    *usageError
+		config   *agent.ConfigError
+		unknown  *agent.UnknownVolumeError
+		emr      *agent.EMRError
+		nothing  *agent.EMRNothingError
+		refused  *agent.RefusedError
+		kms      *keycache.Error
+		store    *keycache.StoreError
+		mount    *systemd.MountError
+		header   *luks.HeaderError
+		timeline *agent.TimelineError
 	)
 	switch {
+	case errors.As(err, &timeline):
+		return "Give it a timeline.json that an agent of this version wrote, or none for that of the last run."
+	case errors.Is(err, agent.ErrNothingRan):
+		return "See `systemctl status luks-kms-agent`: a run that is under way writes it when it ends."
 	case errors.As(err, &usage):
 		return "Run `luks-kms-agent --help`, or `luks-kms-agent COMMAND --help`, to see what is allowed."
 	case errors.As(err, &config) && errors.Is(err, fs.ErrNotExist):

@@ -60,6 +60,7 @@ func newRoot(p *progress) *cobra.Command {
 		newRun(opts),
 		newPlan(opts),
 		newStatus(opts),
+		newTimeline(),
 		newUnlock(opts),
 		newLock(opts),
 		newRotate(opts),
@@ -142,10 +143,14 @@ func (o *globalOptions) nodeWith(log *zap.Logger, change func(*agent.Config)) (*
 		change(&cfg)
 	}
 	node, err := agent.New(cfg, log)
-	if err == nil && o.progress != nil {
+	if err != nil {
+		return nil, err
+	}
+	if o.progress != nil {
 		node.Progress = o.progress.tell
 	}
-	return node, err
+	node.Program = agent.Program{Version: version, ExitCode: func(errs []error) int { return exitCode(failures(errs)) }}
+	return node, nil
 }
 
 // logger writes to stderr, where journald takes it from. By hand only warnings

@@ -103,7 +103,7 @@ func inAgent() []protection {
 		{"the intent is recorded before the disk is written to",
 			[]edit{{apply, "\tif err := a.putVolume(v); err != nil {\n\t\treturn err\n\t}\n\ta.reached(stepIntent)\n", "\ta.reached(stepIntent)\n"}}, "./agent TestFirstBootIsCutAtEveryStep"},
 		{"a record says ready only once the filesystem is made",
-			[]edit{{apply, "\tif err := volumes.MakeFilesystem(ctx, a.maps.Path(v.Mapping), v.Filesystem, \"\", v.UUID); err != nil {\n\t\treturn err\n\t}\n\ta.reached(stepFilesystem)\n\tv.State = keycache.StateReady\n\tif err := a.putVolume(v); err != nil {\n\t\treturn err\n\t}\n",
+			[]edit{{apply, "\tif err := volumes.MakeFilesystem(ctx, a.maps.Path(v.Mapping), v.Filesystem, \"\", v.UUID); err != nil {\n\t\treturn err\n\t}\n\ta.reached(stepFilesystem)\n\ta.phase(*act, SpanRecords, \"ready\")\n\tv.State = keycache.StateReady\n\tif err := a.putVolume(v); err != nil {\n\t\treturn err\n\t}\n",
 				"\tv.State = keycache.StateReady\n\tif err := a.putVolume(v); err != nil {\n\t\treturn err\n\t}\n\ta.reached(stepFilesystem)\n\tif err := volumes.MakeFilesystem(ctx, a.maps.Path(v.Mapping), v.Filesystem, \"\", v.UUID); err != nil {\n\t\treturn err\n\t}\n"}}, "./agent TestFirstBootIsCutAtEveryStep"},
 		{"a mapping that a killed run left without a table is made anew",
 			[]edit{{observe, "n.closeUnfinished(ctx, records)\n\t}", "\n\t}"}}, "./agent TestMappingWithoutATableIsMadeAnew"},

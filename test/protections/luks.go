@@ -354,7 +354,7 @@ func inOpening() []protection {
 		one("a key of another form is not used to open",
 			open, `if err := checkKey(k); err != nil {`, `if err := checkKey(k); false {`, "./luks TestOddKeysAreRefused"),
 		one("unsealing uses what was judged, not what is on the disk by then",
-			open, `c.unsealInMemory(i.area, k)`, `c.unsealInMemory(func() *os.File { f, _ := os.Open(i.Path); area, _ := copyArea(f, c.areaOffset); return area }(), k)`, "./luks TestOpenMapsWhatWasChecked"),
+			open, `c.unsealInMemory(i.area, k, started)`, `c.unsealInMemory(func() *os.File { f, _ := os.Open(i.Path); area, _ := copyArea(f, c.areaOffset); return area }(), k, started)`, "./luks TestOpenMapsWhatWasChecked"),
 		one("a damaged keyslot is not called a wrong key",
 			open, `case wrongKey && macHolds:`, `case false:`, "./luks TestDamagedKeyslot"),
 		one("the unsealed volume is held against what was judged",

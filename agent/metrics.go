@@ -1,0 +1,196 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/luks-kms-agent/luks-kms-agent/keycache"
+)
+
+// DefaultMetricsPath is where monitoring reads how the last run went and how the
+// volumes are after the last command. Anybody may read it.
+const DefaultMetricsPath = "/run/luks-kms-agent/metrics.prom"
+
+// metricsLimit is how long the metrics may take: no command fails or hangs for them.
+const metricsLimit = 5 * time.Second
+
+// States of a volume in the metrics: those of the status, and how the last run left
+// one that is not mounted.
+var metricStates = []string{"mounted", "open", "locked", "missing", "refused", "failed"}
+
+// The calls that are counted.
+var (
+	kmsCalls  = []string{"Decrypt", "DescribeKey", "GenerateDataKey", "ReEncrypt"}
+	imdsCalls = []string{"Ephemeral", "Identity"}
+)
+
+// metric is one metric of the textfile format of Prometheus; all of ours are gauges,
+// because they speak of the last run and start anew with each.
+type metric struct {
+	name, help string
+	labels     []string // their names
+	samples    []sample
+}
+
+type sample struct {
+	labels []string // their values
+	value  float64
+}
+
+func (m *metric) add(value float64, labels ...string) {
+	m.samples = append(m.samples, sample{labels, value})
+}
+
+// metrics tells a status and, where looked says that the states in it are those of
+// now, the volumes.
+func metrics(version string, s Status, keys map[string]keycache.KeyRecord, looked bool) []metric {
+	ms := func(t time.Time) float64 { return float64(t.UnixMilli()) / 1e3 }
+	one := func(name, help string, value float64) metric {
+		return metric{name: name, help: help, samples: []sample{{nil, value}}}
+	}
+	build := metric{name: "build_info", help: "The program that wrote this file; 1.", labels: []string{"version"}}
+	build.add(1, version)
+	success := 0.0
+	if s.LastSuccess != nil {
+		success = ms(*s.LastSuccess)
+	}
+	all := []metric{build, one("last_success_timestamp_seconds", "When a run or unlock of this boot last ended without a failure; 0: none did.", success)}
+	if s.Result != "none" {
+		all = append(all, lastRun(s, ms)...)
+	}
+	if looked {
+		all = append(all, ofVolumes(s, keys, ms)...)
+	}
+	return all
+}
+
+func lastRun(s Status, ms func(time.Time) float64) []metric {
+	ok := 0.0
+	if s.Result == "ok" {
+		ok = 1
+	}
+	calls := metric{name: "last_run_kms_calls", help: "Attempts of KMS calls that were sent.", labels: []string{"operation"}}
+	sent := map[string]int{
+		"Decrypt": s.KMS.Decrypt, "DescribeKey": s.KMS.DescribeKey, "GenerateDataKey": s.KMS.GenerateDataKey, "ReEncrypt": s.KMS.ReEncrypt,
+	}
+	retries := metric{name: "last_run_retries", help: "Waits before another attempt of a call to KMS or IMDS.", labels: []string{"operation"}}
+	for _, op := range kmsCalls {
+		calls.add(float64(sent[op]), op)
+	}
+	for _, op := range slices.Concat(kmsCalls, imdsCalls) {
+		retries.add(float64(s.KMS.RetriesOf[op]), op)
+	}
+	one := func(name, help string, value float64) metric {
+		return metric{name: name, help: help, samples: []sample{{nil, value}}}
+	}
+	return []metric{
+		one("last_run_success", "Whether the last run or unlock did all that was planned.", ok),
+		one("last_run_exit_code", "Its exit code.", float64(s.ExitCode)),
+		one("last_run_timestamp_seconds", "When it ended.", ms(s.Finished)),
+		one("last_run_duration_seconds", "How long it took.", s.Finished.Sub(s.Started).Seconds()),
+		calls,
+		one("last_run_imds_reads", "Reads of the instance metadata service, session tokens not included.", float64(s.KMS.IMDS)),
+		retries,
+	}
+}
+
+// ofVolumes has one series for each volume that has a name, and counts all. Two with
+// the same labels would make the whole file unreadable, so the second is only counted.
+func ofVolumes(s Status, keys map[string]keycache.KeyRecord, ms func(time.Time) float64) []metric {
+	labels := []string{"identity", "mount_point"}
+	counts := metric{name: "volumes", help: "Volumes that are recorded, named or wanted, by state.", labels: []string{"state"}}
+	mounted := metric{name: "volume_mounted", help: "Whether the volume is mounted.", labels: labels}
+	took := metric{name: "last_run_volume_duration_seconds", help: "How long the last run took over the volume.", labels: labels}
+	created := metric{name: "data_key_created_timestamp_seconds", help: "When the record of the volume's data key was made.", labels: labels}
+	count, seen := map[string]int{}, map[string]bool{}
+	for _, v := range s.Volumes {
+		state := metricState(v)
+		if state == "" {
+			continue
+		}
+		count[state]++
+		id := v.Identity
+		if id == "" {
+			id = v.Device
+		}
+		if id == "" || seen[id+"\x00"+v.MountPoint] {
+			continue
+		}
+		seen[id+"\x00"+v.MountPoint] = true
+		is := 0.0
+		if state == "mounted" {
+			is = 1
+		}
+		mounted.add(is, id, v.MountPoint)
+		if v.Action != "" {
+			took.add(v.Seconds, id, v.MountPoint)
+		}
+		if key, ok := keys[v.KeyID]; ok {
+			created.add(ms(key.Created), id, v.MountPoint)
+		}
+	}
+	for _, state := range metricStates {
+		counts.add(float64(count[state]), state)
+	}
+	return []metric{counts, mounted, took, created}
+}
+
+// metricState is one of metricStates, or "" for a disk that is none of ours.
+func metricState(v VolumeStatus) string {
+	switch {
+	case v.State == "mounted", v.State == "missing":
+		return v.State
+	case v.Missing:
+		return "missing"
+	case v.Error != "" && v.Action == string(Refuse):
+		return "refused"
+	case v.Error != "":
+		return "failed"
+	}
+	return v.State
+}
+
+// text is the textfile format: https://prometheus.io/docs/instrumenting/exposition_formats/
+func text(all []metric) []byte {
+	var b bytes.Buffer
+	escape := strings.NewReplacer("\\", "\\\\", "\"", "\\\"", "\n", "\\n")
+	for _, m := range all {
+		name := "luks_kms_agent_" + m.name
+		fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s gauge\n", name, m.help, name)
+		for _, s := range m.samples {
+			b.WriteString(name)
+			for i, value := range s.labels {
+				fmt.Fprintf(&b, "%s%s=\"%s\"", map[bool]string{true: "{", false: ","}[i == 0], m.labels[i],
+					escape.Replace(strings.ToValidUTF8(value, "\uFFFD")))
+			}
+			if len(s.labels) > 0 {
+				b.WriteByte('}')
+			}
+			fmt.Fprintf(&b, " %s\n", strconv.FormatFloat(s.value, 'f', -1, 64))
+		}
+	}
+	return b.Bytes()
+}
+
+// tellMetrics writes the metrics. Where records or disks cannot be read it leaves the
+// volumes out: a state that is not known is not told.
+func (n *Node) tellMetrics(ctx context.Context, justRan bool) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), metricsLimit)
+	defer cancel()
+	s, keys, err := n.currentStatus(ctx, justRan)
+	if err != nil {
+		n.log.Warn("the metrics do not tell the volumes", zap.Error(err))
+	}
+	path := n.beside(DefaultMetricsPath)
+	// Monitoring runs as a user of its own. There is no secret in it.
+	if err := replaceFile(path, text(metrics(n.Program.Version, s, keys, err == nil)), 0o644); err != nil {
+		n.log.Warn("cannot write the metrics", zap.Error(err))
+	}
+}

@@ -48,30 +48,33 @@ func (m *metric) add(value float64, labels ...string) {
 	m.samples = append(m.samples, sample{labels, value})
 }
 
+// single is a metric without labels.
+func single(name, help string, value float64) metric {
+	return metric{name: name, help: help, samples: []sample{{nil, value}}}
+}
+
+func unixTime(t time.Time) float64 { return float64(t.UnixMilli()) / 1e3 }
+
 // metrics tells a status and, where looked says that the states in it are those of
 // now, the volumes.
 func metrics(version string, s Status, keys map[string]keycache.KeyRecord, looked bool) []metric {
-	ms := func(t time.Time) float64 { return float64(t.UnixMilli()) / 1e3 }
-	one := func(name, help string, value float64) metric {
-		return metric{name: name, help: help, samples: []sample{{nil, value}}}
-	}
 	build := metric{name: "build_info", help: "The program that wrote this file; 1.", labels: []string{"version"}}
 	build.add(1, version)
 	success := 0.0
 	if s.LastSuccess != nil {
-		success = ms(*s.LastSuccess)
+		success = unixTime(*s.LastSuccess)
 	}
-	all := []metric{build, one("last_success_timestamp_seconds", "When a run or unlock of this boot last ended without a failure; 0: none did.", success)}
+	all := []metric{build, single("last_success_timestamp_seconds", "When a run or unlock of this boot last ended without a failure; 0: none did.", success)}
 	if s.Result != "none" {
-		all = append(all, lastRun(s, ms)...)
+		all = append(all, lastRun(s)...)
 	}
 	if looked {
-		all = append(all, ofVolumes(s, keys, ms)...)
+		all = append(all, ofVolumes(s, keys)...)
 	}
 	return all
 }
 
-func lastRun(s Status, ms func(time.Time) float64) []metric {
+func lastRun(s Status) []metric {
 	ok := 0.0
 	if s.Result == "ok" {
 		ok = 1
@@ -87,23 +90,20 @@ func lastRun(s Status, ms func(time.Time) float64) []metric {
 	for _, op := range slices.Concat(kmsCalls, imdsCalls) {
 		retries.add(float64(s.KMS.RetriesOf[op]), op)
 	}
-	one := func(name, help string, value float64) metric {
-		return metric{name: name, help: help, samples: []sample{{nil, value}}}
-	}
 	return []metric{
-		one("last_run_success", "Whether the last run or unlock did all that was planned.", ok),
-		one("last_run_exit_code", "Its exit code.", float64(s.ExitCode)),
-		one("last_run_timestamp_seconds", "When it ended.", ms(s.Finished)),
-		one("last_run_duration_seconds", "How long it took.", s.Finished.Sub(s.Started).Seconds()),
+		single("last_run_success", "Whether the last run or unlock did all that was planned.", ok),
+		single("last_run_exit_code", "Its exit code.", float64(s.ExitCode)),
+		single("last_run_timestamp_seconds", "When it ended.", unixTime(s.Finished)),
+		single("last_run_duration_seconds", "How long it took.", s.Finished.Sub(s.Started).Seconds()),
 		calls,
-		one("last_run_imds_reads", "Reads of the instance metadata service, session tokens not included.", float64(s.KMS.IMDS)),
+		single("last_run_imds_reads", "Reads of the instance metadata service, session tokens not included.", float64(s.KMS.IMDS)),
 		retries,
 	}
 }
 
 // ofVolumes has one series for each volume that has a name, and counts all. Two with
 // the same labels would make the whole file unreadable, so the second is only counted.
-func ofVolumes(s Status, keys map[string]keycache.KeyRecord, ms func(time.Time) float64) []metric {
+func ofVolumes(s Status, keys map[string]keycache.KeyRecord) []metric {
 	labels := []string{"identity", "mount_point"}
 	counts := metric{name: "volumes", help: "Volumes that are recorded, named or wanted, by state.", labels: []string{"state"}}
 	mounted := metric{name: "volume_mounted", help: "Whether the volume is mounted.", labels: labels}
@@ -133,7 +133,7 @@ func ofVolumes(s Status, keys map[string]keycache.KeyRecord, ms func(time.Time) 
 			took.add(v.Seconds, id, v.MountPoint)
 		}
 		if key, ok := keys[v.KeyID]; ok {
-			created.add(ms(key.Created), id, v.MountPoint)
+			created.add(unixTime(key.Created), id, v.MountPoint)
 		}
 	}
 	for _, state := range metricStates {
@@ -165,13 +165,13 @@ func text(all []metric) []byte {
 		name := "luks_kms_agent_" + m.name
 		fmt.Fprintf(&b, "# HELP %s %s\n# TYPE %s gauge\n", name, m.help, name)
 		for _, s := range m.samples {
-			b.WriteString(name)
+			var labels []string
 			for i, value := range s.labels {
-				fmt.Fprintf(&b, "%s%s=\"%s\"", map[bool]string{true: "{", false: ","}[i == 0], m.labels[i],
-					escape.Replace(strings.ToValidUTF8(value, "\uFFFD")))
+				labels = append(labels, m.labels[i]+`="`+escape.Replace(strings.ToValidUTF8(value, "\uFFFD"))+`"`)
 			}
-			if len(s.labels) > 0 {
-				b.WriteByte('}')
+			b.WriteString(name)
+			if len(labels) > 0 {
+				b.WriteString("{" + strings.Join(labels, ",") + "}")
 			}
 			fmt.Fprintf(&b, " %s\n", strconv.FormatFloat(s.value, 'f', -1, 64))
 		}

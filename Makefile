@@ -50,7 +50,7 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@echo "lint: OK"
 
 test-unit: ## unit tests: no root, no VM, no AWS
-	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd)
+	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd logrotate)
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
 	@{ rc=0; $(GO) test -json -count=1 -timeout 5m ./... $(TALLY) || rc=1; $(GO) test -C test/tools -json -count=1 -timeout 5m ./... || rc=1; exit $$rc; } \
 	  | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
@@ -127,10 +127,11 @@ protections: ## take away what protects data, one thing at a time, and see its t
 update-golden: ## write the expected output of the command line's tests anew
 	@$(GO) test -count=1 -run '^TestScripts$$' ./cmd/luks-kms-agent -update
 
-install: build ## install under DESTDIR: program, units, cloud-init drop-in, examples (enables nothing, overwrites no configuration)
+install: build ## install under DESTDIR: program, units, cloud-init and logrotate drop-ins, examples (enables nothing, overwrites no configuration)
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent
 	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system systemd/luks-kms-agent.service systemd/luks-kms-agent.target
 	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg
+	@install -D -m 0644 -t $(DESTDIR)/etc/logrotate.d packaging/logrotate/luks-kms-agent
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json
 	@install -d -m 0755 $(DESTDIR)/etc/luks-kms-agent
 

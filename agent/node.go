@@ -77,11 +77,12 @@ type Node struct {
 	statusPath string
 	now        func() time.Time
 	atStep     func(step)
+	auditLog   *auditLog
 	wipeKeys   func(...*keycache.Key) error
 }
 
-// New joins the rooms for this machine. It touches nothing.
-func New(cfg Config, log *zap.Logger) (*Node, error) {
+// New joins the rooms for this machine. It touches nothing. The program is what the audit log says of who acts.
+func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 	client, err := keycache.New(keycache.Options{
 		KeyID:        cfg.KMSKey,
 		Region:       cfg.Region,
@@ -103,10 +104,12 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 	for i, v := range cfg.Volumes {
 		named[i] = v.Name
 	}
+	events := newAuditLog(cfg.AuditLog, by, log)
 	return &Node{
 		cfg:        cfg,
 		log:        log,
-		cloud:      client,
+		cloud:      auditedCloud{client, events},
+		auditLog:   events,
 		disks:      machineDisks{stateDir: cfg.StateDir, named: named},
 		maps:       kernelMapper{},
 		mounts:     func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
@@ -155,7 +158,7 @@ func (kernelMapper) Announce(name string) error { return luks.Announce(name) }
 func (kernelMapper) Ready() error { return luks.Check() }
 
 // lockRecords opens the state directory for writing and keeps other commands out
-// until release is called.
+// until release is called, which also brings the audit log to the disk.
 func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error) {
 	if err := n.checkStateDir(); err != nil {
 		return nil, nil, err
@@ -173,7 +176,7 @@ func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error)
 	if err != nil {
 		return nil, nil, err
 	}
-	return store, release, nil
+	return store, func() { n.auditLog.finish(); release() }, nil
 }
 
 // checkStateDir refuses a state directory that a symlink leads somewhere else:

@@ -34,6 +34,7 @@ type Report struct {
 	InstanceID        string
 	Outcomes          []Outcome
 	Calls             keycache.Calls
+	AuditProblem      string // why events are missing in the audit log, "" where none is
 }
 
 // Failures are the errors of the report's outcomes.
@@ -55,6 +56,7 @@ type Status struct {
 	InstanceID string         `json:"instance_id,omitempty"`
 	Result     string         `json:"result"`          // "ok" or "failed"
 	Error      string         `json:"error,omitempty"` // what stopped the run as a whole
+	AuditError string         `json:"audit_error,omitempty"`
 	KMS        CallsStatus    `json:"kms"`
 	Volumes    []VolumeStatus `json:"volumes"`
 }
@@ -93,8 +95,9 @@ type VolumeStatus struct {
 func newStatus(r Report, err error) Status {
 	s := Status{
 		Version: statusVersion, Started: r.Started.UTC(), Finished: r.Finished.UTC(), InstanceID: r.InstanceID, Result: "ok",
-		KMS:     CallsStatus(r.Calls),
-		Volumes: []VolumeStatus{},
+		AuditError: r.AuditProblem,
+		KMS:        CallsStatus(r.Calls),
+		Volumes:    []VolumeStatus{},
 	}
 	if err != nil {
 		s.Result, s.Error = "failed", err.Error()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -21,6 +22,7 @@ type globalOptions struct {
 	config    string
 	logFormat string
 	verbose   bool
+	command   string // that runs, as it was named: for the audit log
 }
 
 const rootLong = `luks-kms-agent encrypts the data volumes of an EC2 node with LUKS2 under a data
@@ -41,12 +43,15 @@ Exit codes:
 func newRoot() *cobra.Command {
 	opts := &globalOptions{}
 	root := &cobra.Command{
-		Use:           "luks-kms-agent",
-		Short:         "Encrypt a node's data volumes under a KMS key",
-		Long:          rootLong,
-		Version:       version,
-		Args:          args(cobra.NoArgs),
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Use:     "luks-kms-agent",
+		Short:   "Encrypt a node's data volumes under a KMS key",
+		Long:    rootLong,
+		Version: version,
+		Args:    args(cobra.NoArgs),
+		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		PersistentPreRun: func(cmd *cobra.Command, _ []string) {
+			opts.command = strings.TrimPrefix(cmd.CommandPath(), "luks-kms-agent ")
+		},
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
@@ -122,7 +127,7 @@ func (o *globalOptions) nodeWith(log *zap.Logger, change func(*agent.Config)) (*
 	if change != nil {
 		change(&cfg)
 	}
-	return agent.New(cfg, log)
+	return agent.New(cfg, log, agent.Program{Version: version, Command: o.command})
 }
 
 // logger writes to stderr, where journald takes it from. By hand only warnings

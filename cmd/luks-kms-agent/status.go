@@ -51,6 +51,9 @@ func printStatus(w io.Writer, s agent.Status) error {
 	if s.Error != "" {
 		fmt.Fprintf(w, "Error: %s\n", s.Error)
 	}
+	if s.AuditError != "" {
+		fmt.Fprintf(w, "Audit log: %s\n", s.AuditError)
+	}
 	if len(s.Volumes) == 0 {
 		return nil
 	}

@@ -190,7 +190,7 @@ func (n *Node) tellMetrics(ctx context.Context, justRan bool) {
 	}
 	path := n.beside(DefaultMetricsPath)
 	// Monitoring runs as a user of its own. There is no secret in it.
-	if err := replaceFile(path, text(metrics(n.Program.Version, s, keys, err == nil)), 0o644); err != nil {
+	if err := replaceFile(path, text(metrics(n.program.Version, s, keys, err == nil)), 0o644); err != nil {
 		n.log.Warn("cannot write the metrics", zap.Error(err))
 	}
 }

@@ -115,7 +115,7 @@ func TestMetrics(t *testing.T) {
 	m.devices = m.devices[1:]
 	m.cfg.Volumes = []VolumeConfig{{Name: "vol-2"}}
 	n = m.node()
-	n.Program = Program{Version: "v9", ExitCode: func(errs []error) int { return len(errs) }}
+	n.program = Program{Version: "v9", ExitCode: func(errs []error) int { return len(errs) }}
 	m.fail = func(step, what string) error {
 		if step == "mount" {
 			return os.ErrPermission

@@ -82,21 +82,22 @@ type Node struct {
 	statusPath string
 	now        func() time.Time
 	spans      *spans
-	// Program is set, by who makes the node, before it is used.
-	Program  Program
-	atStep   func(step)
-	wipeKeys func(...*keycache.Key) error
+	program    Program
+	auditLog   *auditLog
+	atStep     func(step)
+	wipeKeys   func(...*keycache.Key) error
 }
 
-// Program is what only the program knows, and the status and the metrics tell.
+// Program is what only the program knows, and the audit log, the status and the metrics tell.
 type Program struct {
-	Version string
+	Version string // of the agent
+	Command string // as the user names it: run, unlock, …
 	// ExitCode is the exit code for all that failed, 0 for nothing. nil: all codes are 0.
 	ExitCode func([]error) int
 }
 
 // New joins the rooms for this machine. It touches nothing.
-func New(cfg Config, log *zap.Logger) (*Node, error) {
+func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 	spans := &spans{now: time.Now}
 	n := &Node{
 		cfg:        cfg,
@@ -107,6 +108,8 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 		statusPath: DefaultStatusPath,
 		now:        time.Now,
 		spans:      spans,
+		program:    by,
+		auditLog:   newAuditLog(cfg.AuditLog, by, log),
 		atStep:     stepHook(),
 		wipeKeys:   keycache.WipeAll,
 	}
@@ -133,7 +136,7 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 	for i, v := range cfg.Volumes {
 		named[i] = v.Name
 	}
-	n.cloud, n.disks = client, machineDisks{stateDir: cfg.StateDir, named: named}
+	n.cloud, n.disks = auditedCloud{client, n.auditLog}, machineDisks{stateDir: cfg.StateDir, named: named}
 	return n, nil
 }
 
@@ -189,7 +192,7 @@ func (kernelMapper) Announce(name string) error { return luks.Announce(name) }
 func (kernelMapper) Ready() error { return luks.Check() }
 
 // lockRecords opens the state directory for writing and keeps other commands out
-// until release is called.
+// until release is called, which also brings the audit log to the disk.
 func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error) {
 	defer n.spans.begin(SpanRecords, "lock", nil)(nil)
 	if err := n.checkStateDir(); err != nil {
@@ -208,7 +211,7 @@ func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error)
 	if err != nil {
 		return nil, nil, err
 	}
-	return store, release, nil
+	return store, func() { n.auditLog.finish(); release() }, nil
 }
 
 // checkStateDir refuses a state directory that a symlink leads somewhere else:

@@ -84,6 +84,7 @@ func (n *Node) carryOut(ctx context.Context, command string, choose func(Plan) (
 		}
 		report.Finished = n.now()
 		report.Calls = n.cloud.Calls()
+		report.AuditProblem = n.auditLog.problem()
 		n.writeDown(ctx, command, report, err)
 	}()
 	store, release, err := n.lockRecords(ctx)
@@ -109,6 +110,9 @@ func (n *Node) carryOut(ctx context.Context, command string, choose func(Plan) (
 		return report, err
 	}
 	n.logOutcomes(report.missing())
+	for _, o := range report.missing() {
+		n.auditOutcome(o)
+	}
 	return report, ctx.Err()
 }
 
@@ -296,6 +300,7 @@ func (n *Node) Lock(ctx context.Context, names []string) ([]Locked, error) {
 	for i, t := range targets {
 		n.step("Locking %s", t.Volume.MountPoint)
 		locked[i] = Locked{Volume: t.Volume, Device: t.Device.Path, Err: n.lockOne(ctx, connect, t.mapping)}
+		n.audit(Event{Kind: EventVolumeLocked, Volume: t.Volume, Device: t.Device.Device, Err: locked[i].Err})
 	}
 	return locked, nil
 }

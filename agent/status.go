@@ -40,6 +40,7 @@ type Report struct {
 	InstanceID        string
 	Outcomes          []Outcome
 	Calls             keycache.Calls
+	AuditProblem      string // why events are missing in the audit log, "" where none is
 }
 
 // Failures are the errors of the report's outcomes.
@@ -61,6 +62,7 @@ type Status struct {
 	InstanceID  string         `json:"instance_id,omitempty"`
 	Result      string         `json:"result"`          // "ok" or "failed"
 	Error       string         `json:"error,omitempty"` // what stopped the run as a whole
+	AuditError  string         `json:"audit_error,omitempty"`
 	ExitCode    int            `json:"exit_code"`
 	LastSuccess *time.Time     `json:"last_success,omitempty"` // when a run of this boot last ended with result "ok"
 	KMS         CallsStatus    `json:"kms"`
@@ -129,8 +131,9 @@ const recoveryToken = "luks-kms-agent-recovery"
 func newStatus(r Report, err error, last Status) Status {
 	s := Status{
 		Version: statusVersion, Started: r.Started.UTC(), Finished: r.Finished.UTC(), InstanceID: r.InstanceID, Result: "ok",
-		KMS:     CallsStatus(r.Calls),
-		Volumes: []VolumeStatus{},
+		AuditError: r.AuditProblem,
+		KMS:        CallsStatus(r.Calls),
+		Volumes:    []VolumeStatus{},
 	}
 	if err != nil {
 		s.Result, s.Error = "failed", err.Error()
@@ -223,12 +226,12 @@ func (n *Node) lastStatus() Status {
 func (n *Node) writeDown(ctx context.Context, command string, report Report, err error) {
 	last := n.lastStatus()
 	s := newStatus(report, err, last)
-	if n.Program.ExitCode != nil {
+	if n.program.ExitCode != nil {
 		failed := report.Failures()
 		if err != nil {
 			failed = []error{err}
 		}
-		s.ExitCode = n.Program.ExitCode(failed)
+		s.ExitCode = n.program.ExitCode(failed)
 	}
 	if s.Result == "ok" {
 		s.LastSuccess = &s.Finished
@@ -286,6 +289,9 @@ func (n *Node) currentStatus(ctx context.Context, justRan bool) (Status, map[str
 	scan, err := n.disks.Scan(ctx, nil)
 	if err != nil {
 		return s, nil, err
+	}
+	if s.AuditError != "" {
+		s.Problems = append(s.Problems, s.AuditError)
 	}
 	if s.Error != "" {
 		s.Problems = append(s.Problems, s.Error)

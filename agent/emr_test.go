@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"go.uber.org/zap"
 )
 
 // emrExample reads one of testdata/emr: the examples of EMR's documentation, by what is in them.
@@ -93,7 +95,7 @@ func loads(t *testing.T, i EMRImport) {
 	if err != nil || !slices.Equal([]any{got.KMSKey, got.EBS, got.InstanceStore}, []any{want.KMSKey, want.EBS, want.InstanceStore}) {
 		t.Fatalf("%v: %+v, want %+v, of\n%s", err, got, want, text)
 	}
-	if _, err := New(got, nil); err != nil {
+	if _, err := New(got, zap.NewNop(), Program{}); err != nil {
 		t.Fatalf("%v, of\n%s", err, text)
 	}
 }

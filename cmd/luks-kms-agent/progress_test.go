@@ -71,10 +71,12 @@ func TestProgress(t *testing.T) {
 	const erase = "\r\x1b[K"
 	want := erase + "Formatting /dev/nvme1n1 …" + erase + "Formatting /dev/nvme1n1 … 3 s" +
 		erase + "Waiting for Decrypt, attempt 2: … 12 s" + erase + "done\r\n"
-	got := make([]byte, 4096)
-	n, err := master.Read(got)
-	if err != nil || string(got[:n]) != want {
+	got := make([]byte, len(want))
+	if n, err := io.ReadFull(master, got); err != nil || string(got) != want {
 		t.Errorf("got %q, want %q (%v)", got[:n], want, err)
+	}
+	if n, err := master.Read(make([]byte, 1)); n > 0 {
+		t.Errorf("there is more behind %q (%v)", got, err)
 	}
 }
 

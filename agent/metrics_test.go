@@ -76,7 +76,7 @@ func TestMetrics(t *testing.T) {
 
 	m.runOK()
 	m.wantMetrics("first boot", map[string]float64{
-		"build_info ": 1, "volumes mounted": 2, "volumes locked": 0, "volume_mounted AWS1 /mnt": 1, "volume_mounted vol-1 /mnt1": 1,
+		"build_info test": 1, "volumes mounted": 2, "volumes locked": 0, "volume_mounted AWS1 /mnt": 1, "volume_mounted vol-1 /mnt1": 1,
 		"last_run_success": 1, "last_run_exit_code": 0, "last_run_kms_calls GenerateDataKey": 1, "last_run_imds_reads": 3, "last_run_retries Identity": 0,
 	})
 	first := m.metrics()

@@ -45,7 +45,7 @@ func replaceToken(ctx context.Context, path, keyARN string, wrapped []byte, k Ke
 	if err != nil {
 		return err
 	}
-	if err := checkReplacesTokens(ctx); err != nil {
+	if err := CheckReplacesTokens(ctx); err != nil {
 		return err
 	}
 	if err := before.unchanged(); err != nil {

@@ -62,10 +62,13 @@ func exitCode(err error) int {
 		mount   *systemd.MountError
 		program *exec.ExitError
 		errno   syscall.Errno
+		unready *unreadyError
 	)
 	switch {
 	case err == nil:
 		return exitOK
+	case errors.As(err, &unready):
+		return unready.code
 	case errors.As(err, &failed):
 		codes := map[int]bool{}
 		for _, e := range failed.errs {
@@ -101,8 +104,8 @@ func exitCode(err error) int {
 		return exitUnavailable
 	case errors.As(err, &header), errors.Is(err, luks.ErrWrongKey):
 		return exitHeader
-	case errors.Is(err, luks.ErrNoCryptsetup), errors.Is(err, luks.ErrNoDMCrypt),
-		errors.Is(err, volumes.ErrNoProgram), errors.Is(err, systemd.ErrNoSystemd):
+	case errors.Is(err, luks.ErrNoCryptsetup), errors.Is(err, luks.ErrNoDMCrypt), errors.Is(err, luks.ErrNoCipher),
+		errors.Is(err, volumes.ErrNoProgram), errors.Is(err, systemd.ErrNoSystemd), errors.Is(err, agent.ErrOldSystemd), errors.Is(err, agent.ErrNoUnit):
 		return exitMissing
 	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):
 		return exitRefused
@@ -126,6 +129,8 @@ func hint(err error) string {
 		header  *luks.HeaderError
 	)
 	switch {
+	case preflightHint(err) != "":
+		return preflightHint(err)
 	case errors.As(err, &usage):
 		return "Run `luks-kms-agent --help`, or `luks-kms-agent COMMAND --help`, to see what is allowed."
 	case errors.As(err, &config) && errors.Is(err, fs.ErrNotExist):
@@ -189,7 +194,7 @@ func refusedHint(e *agent.RefusedError) string {
 func kmsHint(e *keycache.Error) string {
 	switch e.Reason {
 	case keycache.ReasonDenied:
-		return "Let the node's role use the key: kms:GenerateDataKey and kms:Decrypt in its IAM policy and in the key policy (README, \"Policies\"). No volume was touched."
+		return deniedHint(e) + " No volume was touched."
 	case keycache.ReasonNotFound:
 		return "Check kms_key and region: that key does not exist there. No volume was touched."
 	case keycache.ReasonAWSManaged:
@@ -219,6 +224,20 @@ func kmsHint(e *keycache.Error) string {
 		return unavailableHint(e) + " " + triesAgain
 	}
 	return ""
+}
+
+// deniedHint names the permission that is missing.
+func deniedHint(e *keycache.Error) string {
+	action, key := "kms:"+e.Op, e.Object()
+	switch {
+	case e.Op == "ReEncrypt":
+		return "Allow kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new one to the node's role, in its IAM policy and in both key policies."
+	case key == "":
+		key = "the key"
+	case strings.Contains(key, "alias/"):
+		key = "the key behind " + key
+	}
+	return fmt.Sprintf("Allow %s on %s to the node's role, in its IAM policy and in the key policy (README, \"Policies\").", action, key)
 }
 
 // notKMS is the hint for answers that KMS does not give.

@@ -232,7 +232,7 @@ func (p *Preflight) credentials(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("role %s, credentials until %s", role.Name, role.Expires.UTC().Format(time.RFC3339)), nil
+	return "of role " + role, nil
 }
 
 func (p *Preflight) region(ctx context.Context) (string, error) {

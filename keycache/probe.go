@@ -22,30 +22,19 @@ import (
 // https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-troubleshooting.html
 const clockTolerance = 5 * time.Minute
 
-// RoleFacts is what IMDS says of the instance's role.
-type RoleFacts struct {
-	Name    string
-	Expires time.Time // of the credentials that it gives now
-}
-
-// CheckRole gets the credentials of the instance's role, which are not returned. Errors are ReasonIMDS and
-// ReasonNoCredentials.
-func (c *Client) CheckRole(ctx context.Context) (RoleFacts, error) {
-	var f RoleFacts
-	err := c.retry(ctx, c.clock.now(), "CheckRole", "", func(ctx context.Context) error {
+// CheckRole gets the credentials of the instance's role, which are not returned, and tells the role's name. Errors are ReasonIMDS
+// and ReasonNoCredentials.
+func (c *Client) CheckRole(ctx context.Context) (name string, err error) {
+	err = c.retry(ctx, c.clock.now(), "CheckRole", "", func(ctx context.Context) error {
 		names, err := c.imds.read(ctx, rolePath)
 		if err != nil {
 			return err
 		}
-		creds, err := c.creds.Retrieve(ctx)
-		if err != nil {
-			return err
-		}
-		f.Name, _, _ = strings.Cut(names, "\n")
-		f.Expires = creds.Expires
-		return nil
+		name, _, _ = strings.Cut(names, "\n")
+		_, err = c.creds.Retrieve(ctx)
+		return err
 	})
-	return f, err
+	return name, err
 }
 
 // Region returns the region that KMS is called in. The error is ReasonWrongRegion where the configured key is an ARN of

@@ -157,9 +157,16 @@ func printPreflight(w io.Writer, made []agent.Check, width int) error {
 			head = strings.Repeat(" ", len(head))
 		}
 	}
-	_, err := fmt.Fprintf(w, "%d ok, %d warnings, %d failures, %d skipped\n",
-		counts[agent.CheckOK], counts[agent.CheckWarning], counts[agent.CheckFailure], counts[agent.CheckSkipped])
+	_, err := fmt.Fprintf(w, "%d ok, %s, %s, %d skipped\n", counts[agent.CheckOK],
+		several(counts[agent.CheckWarning], "warning"), several(counts[agent.CheckFailure], "failure"), counts[agent.CheckSkipped])
 	return err
+}
+
+func several(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
 }
 
 // wrap breaks a text between words, into lines of at most so many characters; a longer word has a line of its own. Where there is no

@@ -259,8 +259,13 @@ func TestPreflightWipesItsKeys(t *testing.T) {
 	m.kms.Fail(kmstest.Fault{Op: "Decrypt", Rewrite: func(a map[string]any) { a["Plaintext"] = []byte(strings.Repeat("k", 32)) }})
 	p := m.preflight()
 	var wiped []*keycache.Key
+	before := -1 // calls of KMS when memory was protected
+	p.protect = func() error { before = len(m.kms.Calls()); return nil }
 	p.node.wipeKeys = func(keys ...*keycache.Key) error { wiped = append(wiped, keys...); return nil }
 	p.Run(t.Context())
+	if before != 0 {
+		t.Errorf("memory was protected after %d calls of KMS", before)
+	}
 	if len(wiped) != 2 || wiped[0].Bytes() == nil {
 		t.Errorf("%d keys were handed over to be wiped, want 2", len(wiped))
 	}

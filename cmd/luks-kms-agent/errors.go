@@ -104,8 +104,10 @@ func exitCode(err error) int {
 		return exitUnavailable
 	case errors.As(err, &header), errors.Is(err, luks.ErrWrongKey):
 		return exitHeader
-	case errors.Is(err, luks.ErrNoCryptsetup), errors.Is(err, luks.ErrNoDMCrypt), errors.Is(err, luks.ErrNoCipher),
-		errors.Is(err, volumes.ErrNoProgram), errors.Is(err, systemd.ErrNoSystemd), errors.Is(err, agent.ErrOldSystemd), errors.Is(err, agent.ErrNoUnit):
+	case errors.Is(err, luks.ErrNoCryptsetup), errors.Is(err, luks.ErrNoDMCrypt),
+		errors.Is(err, volumes.ErrNoProgram), errors.Is(err, systemd.ErrNoSystemd):
+		return exitMissing
+	case errors.Is(err, luks.ErrNoCipher), errors.Is(err, agent.ErrOldSystemd), errors.Is(err, agent.ErrNoUnit):
 		return exitMissing
 	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):
 		return exitRefused

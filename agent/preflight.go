@@ -113,11 +113,16 @@ type skipped string
 
 func (s skipped) Error() string { return string(s) }
 
+func dependsOn(name string) error { return skipped("depends on " + name) }
+
+// clockCheck is the check that others depend on only where it fails.
+const clockCheck = "clock"
+
 func (p *Preflight) checks() []check {
 	const (
-		configuration, metadata, credentials, region, endpoint, clock = "configuration", "instance metadata", "credentials", "region", "KMS endpoint", "clock"
-		kmsKey, dataKey, kernel, cryptsetup, filesystem               = "KMS key", "data key", "kernel", "cryptsetup version", "filesystem"
-		stateDir, manager, service, cloudInit, memory                 = "state directory", "systemd", "service", "cloud-init", "memory"
+		configuration, metadata, credentials, region, endpoint = "configuration", "instance metadata", "credentials", "region", "KMS endpoint"
+		kmsKey, dataKey, kernel, cryptsetup, filesystem        = "KMS key", "data key", "kernel", "cryptsetup version", "filesystem"
+		stateDir, manager, service, cloudInit, memory          = "state directory", "systemd", "service", "cloud-init", "memory"
 	)
 	inRegion := []string{configuration}
 	if p.node != nil && p.node.cfg.Region == "" {
@@ -129,8 +134,8 @@ func (p *Preflight) checks() []check {
 		{name: credentials, needs: []string{metadata}, run: p.credentials},
 		{name: region, needs: inRegion, after: []string{metadata}, run: p.region},
 		{name: endpoint, needs: []string{region}, run: p.endpoint},
-		{name: clock, needs: []string{configuration}, after: []string{metadata, endpoint}, run: p.clock},
-		{name: kmsKey, needs: []string{credentials, endpoint}, after: []string{clock}, run: p.kmsKey},
+		{name: clockCheck, needs: []string{configuration}, after: []string{metadata, endpoint}, run: p.clock},
+		{name: kmsKey, needs: []string{credentials, endpoint}, after: []string{clockCheck}, run: p.kmsKey},
 		{name: dataKey, needs: []string{kmsKey}, run: p.dataKey},
 		{name: kernel, run: p.kernel},
 		{name: cryptsetup, run: p.cryptsetup},
@@ -163,8 +168,12 @@ func (p *Preflight) Run(ctx context.Context) []Check {
 				<-done[name]
 			}
 			for _, name := range c.needs {
-				if r := made[index[name]].Result; r == CheckFailure || r == CheckSkipped {
-					made[i].Result, made[i].Detail = CheckSkipped, "it needs: "+name
+				switch on := made[index[name]]; on.Result {
+				case CheckFailure:
+					made[i].judge("", dependsOn(name))
+					return
+				case CheckSkipped:
+					made[i].judge("", skipped(on.Detail)) // the cause is the same
 					return
 				}
 			}
@@ -262,7 +271,7 @@ func (p *Preflight) endpoint(ctx context.Context) (string, error) {
 	case !slices.ContainsFunc(f.Addresses, func(a netip.Addr) bool { return !a.IsPrivate() }):
 		detail += " (private: a VPC endpoint)"
 	}
-	return fmt.Sprintf("%s, %s, certificate of %s by %s until %s", detail, f.TLS, f.Subject, f.Issuer, f.NotAfter.Format(time.DateOnly)), nil
+	return fmt.Sprintf("%s, %s, certificate of %s by %s until %s", detail, f.TLS, f.Holder, f.Issuer, f.NotAfter.Format(time.DateOnly)), nil
 }
 
 func (p *Preflight) clock(context.Context) (string, error) {
@@ -281,7 +290,7 @@ func (p *Preflight) clock(context.Context) (string, error) {
 
 func (p *Preflight) kmsKey(ctx context.Context) (string, error) {
 	if p.errClock != nil {
-		return "", skipped("it needs: clock")
+		return "", dependsOn(clockCheck)
 	}
 	f, err := p.node.cloud.CheckKey(ctx)
 	switch {

@@ -1,8 +1,10 @@
 package keycache
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -48,8 +50,8 @@ type EndpointFacts struct {
 	URL       string
 	Addresses []netip.Addr // that the host's name stands for
 	TLS       string       // "TLS 1.3"; "" over plain http
-	Subject   string       // of the certificate
-	Issuer    string
+	Holder    string       // whose the certificate is
+	Issuer    string       // who signed it
 	NotAfter  time.Time
 }
 
@@ -105,7 +107,7 @@ func (c *Client) knock(ctx context.Context, f *EndpointFacts) error {
 	switch {
 	case errors.As(err, &certificate) && len(certificate.UnverifiedCertificates) > 0:
 		shown := certificate.UnverifiedCertificates[0]
-		err = fmt.Errorf("%w; the certificate is of %s, by %s, until %s", err, shown.Subject, shown.Issuer, shown.NotAfter.Format(time.DateOnly))
+		err = fmt.Errorf("%w; the certificate is of %s, by %s, until %s", err, holder(shown), issuer(shown), shown.NotAfter.Format(time.DateOnly))
 		fallthrough
 	case err != nil:
 		return &Error{Reason: ReasonUnavailable, Err: tr.late(err)}
@@ -114,10 +116,21 @@ func (c *Client) knock(ctx context.Context, f *EndpointFacts) error {
 	_, _ = io.Copy(io.Discard, io.LimitReader(response.Body, 64<<10))
 	if state := response.TLS; state != nil && len(state.PeerCertificates) > 0 {
 		leaf := state.PeerCertificates[0]
-		f.TLS, f.Subject, f.Issuer, f.NotAfter = tls.VersionName(state.Version), leaf.Subject.String(), leaf.Issuer.String(), leaf.NotAfter
+		f.TLS, f.Holder, f.Issuer, f.NotAfter = tls.VersionName(state.Version), holder(leaf), issuer(leaf), leaf.NotAfter
 	}
 	return nil
 }
+
+// holder says whose a certificate is. Some have no subject, but for the names that it holds for.
+func holder(c *x509.Certificate) string {
+	names := slices.Clone(c.DNSNames)
+	for _, ip := range c.IPAddresses {
+		names = append(names, ip.String())
+	}
+	return cmp.Or(c.Subject.String(), strings.Join(names, ", "), "nobody")
+}
+
+func issuer(c *x509.Certificate) string { return cmp.Or(c.Issuer.String(), "nobody named") }
 
 // ClockFacts is how the node's clock compares with that of the one who answered.
 type ClockFacts struct {

@@ -158,7 +158,7 @@ func CheckDir(dir string) (DirFacts, error) {
 		existing = filepath.Dir(existing)
 	}
 	f.Exists = existing == s.dir
-	if err := unix.Faccessat(unix.AT_FDCWD, existing, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
+	if err := unix.Access(existing, unix.W_OK|unix.X_OK); err != nil {
 		return f, storeError("write to", existing, err)
 	}
 	var st unix.Statfs_t

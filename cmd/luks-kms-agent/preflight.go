@@ -23,12 +23,11 @@ func newPreflight(opts *globalOptions) *cobra.Command {
 		Long: `Check what run depends on: the configuration, instance metadata and the role, KMS
 and its key (one data key is made, decrypted and thrown away), the clock, the
 kernel, the programs, the state directory, systemd and cloud-init. Each check is
-ok, a warning (run works all the same), a failure, or skipped because of another
-one. Nothing is written to a disk or a record; the disks themselves are what plan
-is for.
+ok, a warning (run works all the same), a failure, or skipped as it depends on one
+that failed. Nothing is written to a disk or a record. What is on the disks is for
+plan to tell.
 
-The exit code is 0 unless a check fails; then it is the code that run would end
-with.`,
+The exit code is 0 unless a check fails; then it is the most urgent of theirs.`,
 		Example: `  sudo luks-kms-agent preflight
   sudo luks-kms-agent preflight --json | jq '.checks[] | select(.result == "failure")'`,
 		Args: args(cobra.NoArgs),

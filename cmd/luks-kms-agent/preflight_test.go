@@ -19,7 +19,7 @@ func someChecks() []agent.Check {
 		{Name: "configuration", Result: agent.CheckOK, Detail: "/etc/luks-kms-agent/config.yaml, mode 0600, key arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"},
 		{Name: "KMS key", Result: agent.CheckWarning, Detail: agent.ErrMayNotDescribe.Error(), Err: agent.ErrMayNotDescribe},
 		{Name: "data key", Result: agent.CheckFailure, Detail: denied.Error(), Err: denied},
-		{Name: "service", Result: agent.CheckSkipped, Detail: "it needs: systemd"},
+		{Name: "service", Result: agent.CheckSkipped, Detail: "depends on systemd"},
 	}
 }
 
@@ -31,7 +31,7 @@ warning  KMS key        the role may not call DescribeKey: the key's kind and st
                         -> Optional: allow kms:DescribeKey on the key to the node's role; then a wrong key is named before it is used.
 failure  data key       cannot generate a data key under: AccessDeniedException: not allowed
                         -> Allow kms:GenerateDataKey on the key to the node's role, in its IAM policy and in the key policy (README, "Policies").
-skipped  service        it needs: systemd
+skipped  service        depends on systemd
 1 ok, 1 warning, 1 failure, 1 skipped
 `,
 		80: `
@@ -47,7 +47,7 @@ failure  data key       cannot generate a data key under: AccessDeniedException:
                         -> Allow kms:GenerateDataKey on the key to the node's
                            role, in its IAM policy and in the key policy
                            (README, "Policies").
-skipped  service        it needs: systemd
+skipped  service        depends on systemd
 1 ok, 1 warning, 1 failure, 1 skipped
 `,
 		120: `
@@ -59,7 +59,7 @@ warning  KMS key        the role may not call DescribeKey: the key's kind and st
 failure  data key       cannot generate a data key under: AccessDeniedException: not allowed
                         -> Allow kms:GenerateDataKey on the key to the node's role, in its IAM policy and in the key
                            policy (README, "Policies").
-skipped  service        it needs: systemd
+skipped  service        depends on systemd
 1 ok, 1 warning, 1 failure, 1 skipped
 `,
 	} {
@@ -119,7 +119,7 @@ func TestPreflightJSON(t *testing.T) {
 		`"remedy":"Optional: allow kms:DescribeKey on the key to the node's role; then a wrong key is named before it is used."},` +
 		`{"name":"data key","result":"failure","detail":"cannot generate a data key under: AccessDeniedException: not allowed",` +
 		`"remedy":"Allow kms:GenerateDataKey on the key to the node's role, in its IAM policy and in the key policy (README, \"Policies\").","exit_code":4},` +
-		`{"name":"service","result":"skipped","detail":"it needs: systemd"}]}`
+		`{"name":"service","result":"skipped","detail":"depends on systemd"}]}`
 	if string(data) != want {
 		t.Errorf("got\n%s\nwant\n%s", data, want)
 	}

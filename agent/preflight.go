@@ -67,6 +67,8 @@ type Preflight struct {
 	systemd   func(context.Context) (systemd.Facts, error)
 	cloudInit func() (volumes.CloudInitFacts, error)
 	cipher    func() (string, error)
+	version   func(context.Context) (string, error) // of cryptsetup
+	replaces  func(context.Context) error           // whether it can replace tokens
 
 	// Found by one check for others, which wait for it.
 	identity keycache.Identity
@@ -84,6 +86,8 @@ func NewPreflight(path string, log *zap.Logger) *Preflight {
 		systemd:   systemd.Look,
 		cloudInit: func() (volumes.CloudInitFacts, error) { return volumes.CloudInit("/") },
 		cipher:    luks.CheckCipher,
+		version:   luks.CryptsetupVersion,
+		replaces:  luks.CheckReplacesTokens,
 	}
 	cfg, err := LoadConfig(path)
 	if err == nil {
@@ -339,11 +343,11 @@ func (p *Preflight) kernel(context.Context) (string, error) {
 }
 
 func (p *Preflight) cryptsetup(ctx context.Context) (string, error) {
-	version, err := luks.CryptsetupVersion(ctx)
+	version, err := p.version(ctx)
 	if err != nil {
 		return "", err
 	}
-	if err := luks.CheckReplacesTokens(ctx); err != nil {
+	if err := p.replaces(ctx); err != nil {
 		return version, warning{fmt.Errorf("%w: %w", ErrNoReplace, err)}
 	}
 	return version, nil

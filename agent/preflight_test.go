@@ -27,6 +27,8 @@ type inspected struct {
 	units     systemd.Facts
 	cloudInit volumes.CloudInitFacts
 	cipher    error
+	tool      error // of cryptsetup's version
+	replaces  error
 	memory    error
 }
 
@@ -54,6 +56,8 @@ func (m *inspected) preflight() *Preflight {
 		systemd:   func(context.Context) (systemd.Facts, error) { return m.units, nil },
 		cloudInit: func() (volumes.CloudInitFacts, error) { return m.cloudInit, nil },
 		cipher:    func() (string, error) { return "xts-aes-aesni", m.cipher },
+		version:   func(context.Context) (string, error) { return "cryptsetup 2.6.1", m.tool },
+		replaces:  func(context.Context) error { return m.replaces },
 	}
 }
 
@@ -153,8 +157,8 @@ func TestPreflightFinds(t *testing.T) {
 			"region", CheckWarning, is(ErrOtherRegion), "the node in eu-north-1", nil},
 		"nobody at the endpoint": {func(m *inspected) { m.cfg.KMSEndpoint = "http://127.0.0.1:1" },
 			"KMS endpoint", CheckFailure, reason(keycache.ReasonUnavailable), "cannot reach KMS at http://127.0.0.1:1: dial tcp", []string{"KMS key", "data key"}},
-		"no such name": {func(m *inspected) { m.cfg.KMSEndpoint = "https://kms.invalid" },
-			"KMS endpoint", CheckFailure, reason(keycache.ReasonUnavailable), "lookup kms.invalid", []string{"KMS key", "data key"}},
+		"no such name": {func(m *inspected) { m.cfg.KMSEndpoint = "https://kms..invalid" },
+			"KMS endpoint", CheckFailure, reason(keycache.ReasonUnavailable), "lookup kms..invalid", []string{"KMS key", "data key"}},
 		"clock a little off": {func(m *inspected) { m.kms.SetClock(2 * time.Minute) }, "clock", CheckWarning, is(ErrClockOff), "2m0s behind KMS's", nil},
 		"clock off": {func(m *inspected) { m.kms.SetClock(-6 * time.Minute) }, "clock", CheckFailure, reason(keycache.ReasonClock), "6m0s ahead of KMS's",
 			[]string{"KMS key", "data key"}},
@@ -179,8 +183,11 @@ func TestPreflightFinds(t *testing.T) {
 				return nil
 			}
 		}, "kernel", CheckFailure, is(luks.ErrNoDMCrypt), "dm-crypt", nil},
-		"no AES-XTS": {func(m *inspected) { m.cipher = luks.ErrNoCipher }, "kernel", CheckFailure, is(luks.ErrNoCipher), "AES-XTS", nil},
-		"no mkfs":    {func(m *inspected) { m.cfg.Filesystem = "nofs" }, "filesystem", CheckFailure, is(volumes.ErrNoProgram), "mkfs.nofs", nil},
+		"no AES-XTS":    {func(m *inspected) { m.cipher = luks.ErrNoCipher }, "kernel", CheckFailure, is(luks.ErrNoCipher), "AES-XTS", nil},
+		"no cryptsetup": {func(m *inspected) { m.tool = luks.ErrNoCryptsetup }, "cryptsetup version", CheckFailure, is(luks.ErrNoCryptsetup), "too old", nil},
+		"cryptsetup without --token-replace": {func(m *inspected) { m.replaces = luks.ErrNoCryptsetup },
+			"cryptsetup version", CheckWarning, is(ErrNoReplace), "cryptsetup 2.6.1; this cryptsetup cannot replace tokens", nil},
+		"no mkfs": {func(m *inspected) { m.cfg.Filesystem = "nofs" }, "filesystem", CheckFailure, is(volumes.ErrNoProgram), "mkfs.nofs", nil},
 		"no mkfs of a volume": {func(m *inspected) { m.cfg.Volumes = []VolumeConfig{{Name: "vol-1", Filesystem: "nofs"}} },
 			"filesystem", CheckFailure, is(volumes.ErrNoProgram), "mkfs.nofs", nil},
 

@@ -156,6 +156,9 @@ func inAgent() []protection {
 			[]edit{{"agent/config.go", "case st.Uid != 0 && int(st.Uid) != os.Geteuid():", "case false:"}}, "./agent TestUnsafeConfigFileIsRefused"},
 
 		// The preflight.
+		{"a preflight makes no state directory", []edit{
+			{preflight, "f, err := keycache.CheckDir(n.cfg.StateDir)", "_, _ = keycache.OpenStore(n.cfg.StateDir)\n\tf, err := keycache.CheckDir(n.cfg.StateDir)"},
+		}, "./agent TestPreflightTouchesNothing"},
 		{"a preflight's data keys are wiped", []edit{{preflight, "if len(p.keys) > 0 {", "if false {"}}, "./agent TestPreflightWipesItsKeys"},
 		{"memory is protected before a preflight has a key", []edit{{preflight, "protected := p.protect()", "var protected error"}}, "./agent TestPreflightWipesItsKeys"},
 		{"a preflight wants the data key back that KMS gave", []edit{{preflight, "if !proven.Equal(key) {", "if false {"}}, "./agent TestPreflightFinds/another key decrypted"},

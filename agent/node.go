@@ -28,6 +28,10 @@ type cloud interface {
 	Generate(context.Context) (*keycache.Key, keycache.KeyRecord, error)
 	Decrypt(context.Context, keycache.KeyRecord) (*keycache.Key, error)
 	ReEncrypt(context.Context, keycache.KeyRecord) (keycache.KeyRecord, error)
+	CheckRole(context.Context) (name string, err error)
+	Region(context.Context) (string, error)
+	CheckEndpoint(context.Context) (keycache.EndpointFacts, error)
+	CheckClock() (keycache.ClockFacts, error)
 	Calls() keycache.Calls
 }
 

@@ -48,13 +48,13 @@ var ErrOtherKey = errors.New("Decrypt gave another key than GenerateDataKey")
 
 // Error is a failed call of a Client, or options that cannot work.
 type Error struct {
-	Op        string // "New", "Identity", "Ephemeral", "DescribeKey", "GenerateDataKey", "Decrypt" or "ReEncrypt"
+	Op        string // "New", "DescribeKey", "GenerateDataKey", "Decrypt", "ReEncrypt", or the method that is none of KMS's: "Identity", "CheckRole", …
 	Reason    Reason
 	Code      string // as KMS names it ("AccessDeniedException"), HTTPnnn or CodeTokenTimeout for the metadata service, "" if there was no answer
 	RequestID string // KMS's, "" if there was no answer
 	Err       error
 
-	object string // the key or wrapped key
+	object string // the key, the wrapped key's, or the endpoint
 }
 
 // Error names what could not be done and the cause, with KMS's code and
@@ -68,6 +68,14 @@ func (e *Error) Error() string {
 		what = "read the instance identity"
 	case "Ephemeral":
 		what = "read the block device mapping"
+	case "CheckRole":
+		what = "get the role's credentials"
+	case "Region":
+		what = "use KMS key"
+	case "CheckEndpoint":
+		what = "reach KMS at"
+	case "CheckClock":
+		what = "sign requests"
 	case "DescribeKey":
 		what = "describe KMS key"
 	case "GenerateDataKey":
@@ -96,6 +104,9 @@ func (e *Error) Error() string {
 
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
+
+// Object is what the call was about: the KMS key as it was named, or the endpoint; "" for calls that have neither.
+func (e *Error) Object() string { return e.object }
 
 // MarshalJSON shows the message: the SDK's error structures are no part of
 // what this package promises, and may hold pieces of KMS's answer.

@@ -81,6 +81,7 @@ type Client struct {
 	kms      kmsAPI // nil until the region is known
 	identity *Identity
 	calls    Calls
+	ahead    map[string]time.Duration // of the node's clock before that of "KMS" and "IMDS", once they have answered
 }
 
 // Calls counts what a Client has sent.
@@ -141,7 +142,7 @@ func New(o Options) (*Client, error) {
 	if c.limit == 0 {
 		c.limit = defaultRetryLimit
 	}
-	c.imds = newMetadata(o.imdsEndpoint(), transport(), func() { c.note(func(calls *Calls) { calls.IMDS++ }) })
+	c.imds = newMetadata(o.imdsEndpoint(), timekeeper{transport(), c.sawClock("IMDS")}, func() { c.note(func(calls *Calls) { calls.IMDS++ }) })
 	c.creds = newCredentials(c.imds, c.timeout, o.OnAttempt)
 	c.connect = c.connectKMS
 	return c, nil
@@ -194,7 +195,7 @@ func (c *Client) connectKMS(region string) kmsAPI {
 	o := kms.Options{
 		Region:      region,
 		Credentials: c.creds,
-		HTTPClient:  tracer{httpClient(transport())},
+		HTTPClient:  tracer{httpClient(timekeeper{transport(), c.sawClock("KMS")})},
 		Retryer:     aws.NopRetryer{},
 	}
 	if c.options.KMSEndpoint != "" {
@@ -523,13 +524,27 @@ func (c *Client) call(ctx context.Context, start time.Time, op, object string, f
 }
 
 // api returns the KMS client of the node's region, once that is known, and
-// refuses a key ARN of another region: KMS would only say that it is not found.
+// refuses a key ARN of another region.
 func (c *Client) api(ctx context.Context, start time.Time, op, object string) (kmsAPI, error) {
+	region, err := c.region(ctx, start, op, object)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.kms == nil {
+		c.kms = c.connect(region)
+	}
+	return c.kms, nil
+}
+
+// region returns the region that KMS is called in, and refuses a key ARN of another: KMS would only say that the key is not found.
+func (c *Client) region(ctx context.Context, start time.Time, op, object string) (string, error) {
 	region := c.options.Region
 	if region == "" {
 		id, err := c.identityFrom(ctx, start)
 		if err != nil {
-			return nil, err
+			return "", err
 		}
 		region = id.Region
 	}
@@ -540,13 +555,8 @@ func (c *Client) api(ctx context.Context, start time.Time, op, object string) (k
 		keyRegion = m[1]
 	}
 	if keyRegion != "" && keyRegion != region {
-		return nil, &Error{Op: op, Reason: ReasonWrongRegion, object: object,
+		return "", &Error{Op: op, Reason: ReasonWrongRegion, object: object,
 			Err: fmt.Errorf("the key is in region %s, KMS is called in %s", keyRegion, region)}
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.kms == nil {
-		c.kms = c.connect(region)
-	}
-	return c.kms, nil
+	return region, nil
 }

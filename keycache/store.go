@@ -128,11 +128,60 @@ func newStore(dir string) *Store {
 	}
 }
 
+// DirFacts is what can be seen of a state directory without writing.
+type DirFacts struct {
+	Exists bool
+	Free   int64 // bytes that its filesystem has free
+}
+
+// leastFree is what a state directory's filesystem has to have free, bytes: room for a hundred records, which have up to 8 KiB.
+const leastFree = 1 << 20
+
+// CheckDir tells whether [OpenStore] could open dir for writing, and creates and writes nothing. Errors are those of OpenStore.
+func CheckDir(dir string) (DirFacts, error) {
+	s := newStore(dir)
+	for _, d := range append([]string{""}, s.folders()...) {
+		if err := s.checkDir(filepath.Join(s.dir, d)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return DirFacts{}, err
+		}
+	}
+	f := DirFacts{}
+	existing := s.dir
+	for {
+		_, err := os.Lstat(existing)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, fs.ErrNotExist) || existing == "/" {
+			return f, storeError("use", s.dir, err)
+		}
+		existing = filepath.Dir(existing)
+	}
+	f.Exists = existing == s.dir
+	if err := unix.Access(existing, unix.W_OK|unix.X_OK); err != nil {
+		return f, storeError("write to", existing, err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(existing, &st); err != nil {
+		return f, storeError("use", existing, err)
+	}
+	f.Free = int64(st.Bavail) * st.Bsize
+	if f.Free < leastFree || st.Files > 0 && st.Ffree == 0 {
+		return f, storeError("write to", existing, unix.ENOSPC)
+	}
+	return f, nil
+}
+
+// folders are the directories below the store's own.
+func (s *Store) folders() []string {
+	return []string{keysDir, volumesDir, archiveDir, filepath.Join(archiveDir, volumesDir), quarantineDir}
+}
+
 func (s *Store) create() error {
 	if err := s.makeDir(s.dir); err != nil {
 		return err
 	}
-	for _, d := range []string{keysDir, volumesDir, archiveDir, filepath.Join(archiveDir, volumesDir), quarantineDir} {
+	for _, d := range s.folders() {
 		if err := s.makeDir(filepath.Join(s.dir, d)); err != nil {
 			return err
 		}

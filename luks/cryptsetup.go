@@ -106,19 +106,28 @@ func runCryptsetup(ctx context.Context, stdin, second []byte, args ...string) (_
 // CheckCryptsetup reports whether cryptsetup can be run and is new enough (2.1), by [ErrNoCryptsetup] if not. Only formatting and
 // restoring need it.
 func CheckCryptsetup(ctx context.Context) error {
-	// --version prints "cryptsetup 2.6.1", in newer releases followed by "flags: …".
+	_, err := CryptsetupVersion(ctx)
+	return err
+}
+
+// CryptsetupVersion returns the first line that cryptsetup --version prints, "cryptsetup 2.6.1", if [CheckCryptsetup] has nothing
+// against it.
+func CryptsetupVersion(ctx context.Context) (string, error) {
+	// In newer releases followed by "flags: …".
 	text, err := runCryptsetup(ctx, nil, nil, "--version")
 	if err != nil {
-		return fmt.Errorf("cannot run cryptsetup --version: %w", err)
+		return "", fmt.Errorf("cannot run cryptsetup --version: %w", err)
 	}
 	var major, minor int
 	if _, err := fmt.Sscanf(text, "cryptsetup %d.%d", &major, &minor); err != nil {
-		return fmt.Errorf("cannot read the version of cryptsetup: %w (it printed %q)", ErrNoCryptsetup, text)
+		return "", fmt.Errorf("cannot read the version of cryptsetup: %w (it printed %q)", ErrNoCryptsetup, text)
 	}
 	if major < cryptsetupMajor || major == cryptsetupMajor && minor < cryptsetupMinor {
-		return fmt.Errorf("%w: it is %d.%d, needed is %d.%d", ErrNoCryptsetup, major, minor, cryptsetupMajor, cryptsetupMinor)
+		return "", fmt.Errorf("%w: it is %d.%d, needed is %d.%d", ErrNoCryptsetup, major, minor, cryptsetupMajor, cryptsetupMinor)
 	}
-	return nil
+	line, _, _ := strings.Cut(text, "\n")
+	version, _, _ := strings.Cut(line, " flags:")
+	return printable([]byte(version)), nil
 }
 
 // luksFormat writes a new header. The flags come one to a line, each with its reason.
@@ -162,9 +171,9 @@ func importOverToken(ctx context.Context, path string, id int, text []byte) erro
 		"--", path)
 }
 
-// checkReplacesTokens reports whether cryptsetup can do what [importOverToken] asks of it, by [ErrNoCryptsetup] if not. It says so
+// CheckReplacesTokens reports whether cryptsetup can do what [ReplaceToken] asks of it, by [ErrNoCryptsetup] if not. It says so
 // itself: which release learnt it is in no release notes.
-func checkReplacesTokens(ctx context.Context) error {
+func CheckReplacesTokens(ctx context.Context) error {
 	// --test-args reads the command line and ends.
 	if _, err := runCryptsetup(ctx, nil, nil, "--test-args", "token", "import", "--token-id", "0", "--token-replace", "/dev/null"); err != nil {
 		return fmt.Errorf("%w: it cannot replace a token: %w", ErrNoCryptsetup, err)

@@ -303,9 +303,9 @@ func TestCheckCryptsetup(t *testing.T) {
 			t.Errorf("%s: %v", script, err)
 		}
 	}
-	stub(t, "echo cryptsetup 3.0.0")
-	if err := CheckCryptsetup(t.Context()); err != nil {
-		t.Error(err)
+	stub(t, "echo cryptsetup 3.0.0 flags: UDEV BLKID; echo more")
+	if version, err := CryptsetupVersion(t.Context()); err != nil || version != "cryptsetup 3.0.0" {
+		t.Errorf("%q, %v", version, err)
 	}
 	// A program whose interpreter is missing is missing.
 	dir := t.TempDir()

@@ -59,7 +59,7 @@ func replaceToken(ctx context.Context, path string, k, next Key, change func(*To
 	if err != nil {
 		return err
 	}
-	if err := checkReplacesTokens(ctx); err != nil {
+	if err := CheckReplacesTokens(ctx); err != nil {
 		return err
 	}
 	if err := before.unchanged(); err != nil {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 
@@ -71,9 +70,7 @@ func loadedMounts(c conn) (map[string]bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	digits := strings.TrimLeft(text, `"v`)
-	digits = digits[:len(digits)-len(strings.TrimLeft(digits, "0123456789"))]
-	if version, err := strconv.Atoi(digits); err != nil || version < leastVersion {
+	if version, err := majorVersion(text); err != nil || version < leastVersion {
 		return nil, fmt.Errorf("systemd %s does not see new drop-ins", text)
 	}
 	units, err := c.ListUnitsByPatternsContext(context.Background(), nil, []string{"*.mount"})

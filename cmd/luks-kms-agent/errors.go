@@ -81,10 +81,13 @@ func exitCode(err error) int {
 		program  *exec.ExitError
 		errno    syscall.Errno
 		timeline *agent.TimelineError
+		unready  *unreadyError
 	)
 	switch {
 	case err == nil:
 		return exitOK
+	case errors.As(err, &unready):
+		return unready.code
 	case errors.As(err, &failed):
 		codes := map[int]bool{}
 		for _, e := range failed.errs {
@@ -125,6 +128,8 @@ func exitCode(err error) int {
 	case errors.Is(err, luks.ErrNoCryptsetup), errors.Is(err, luks.ErrNoDMCrypt),
 		errors.Is(err, volumes.ErrNoProgram), errors.Is(err, systemd.ErrNoSystemd):
 		return exitMissing
+	case errors.Is(err, luks.ErrNoCipher), errors.Is(err, agent.ErrOldSystemd), errors.Is(err, agent.ErrNoUnit):
+		return exitMissing
 	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
 		return exitRefused
 	case errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, agent.ErrNoKeySlot),
@@ -150,6 +155,8 @@ func hint(err error) string {
 		timeline *agent.TimelineError
 	)
 	switch {
+	case preflightHint(err) != "":
+		return preflightHint(err)
 	case errors.As(err, &timeline):
 		return "Give it a timeline.json that an agent of this version wrote, or none for that of the last run."
 	case errors.Is(err, agent.ErrNothingRan):
@@ -230,7 +237,7 @@ func kmsHint(e *keycache.Error) string {
 		if e.Op == "ReEncrypt" {
 			return "Let the node's role use both keys: kms:ReEncryptFrom on the old one, kms:ReEncryptTo on the new one, and kms:Decrypt on both. Nothing was changed."
 		}
-		return "Let the node's role use the key: kms:GenerateDataKey and kms:Decrypt in its IAM policy and in the key policy (README, \"Policies\"). No volume was touched."
+		return deniedHint(e) + " No volume was touched."
 	case keycache.ReasonNotFound:
 		return "Check kms_key and region: that key does not exist there. No volume was touched."
 	case keycache.ReasonAWSManaged:
@@ -260,6 +267,20 @@ func kmsHint(e *keycache.Error) string {
 		return unavailableHint(e) + " " + triesAgain
 	}
 	return ""
+}
+
+// deniedHint names the permission that is missing.
+func deniedHint(e *keycache.Error) string {
+	action, key := "kms:"+e.Op, e.Object()
+	switch {
+	case e.Op == "ReEncrypt":
+		return "Allow kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new one to the node's role, in its IAM policy and in both key policies."
+	case key == "":
+		key = "the key"
+	case strings.Contains(key, "alias/"):
+		key = "the key behind " + key
+	}
+	return fmt.Sprintf("Allow %s on %s to the node's role, in its IAM policy and in the key policy (README, \"Policies\").", action, key)
 }
 
 // notKMS is the hint for answers that KMS does not give.

@@ -62,6 +62,7 @@ func newRoot(p *progress) *cobra.Command {
 	flags.Var(newChoice(&opts.logFormat, "console", "console", "json"), "log-format", "log as `format`: console, json")
 	flags.BoolVarP(&opts.verbose, "verbose", "v", false, "log each step, as --log-level info")
 	root.AddCommand(
+		newPreflight(opts),
 		newRun(opts),
 		newPlan(opts),
 		newStatus(opts),
@@ -147,9 +148,7 @@ func (o *globalOptions) nodeWith(log *zap.Logger, change func(*agent.Config)) (*
 	if change != nil {
 		change(&cfg)
 	}
-	node, err := agent.New(cfg, log, agent.Program{
-		Version: version, Command: o.command, ExitCode: func(errs []error) int { return exitCode(failures(errs)) },
-	})
+	node, err := agent.New(cfg, log, o.program())
 	if err != nil {
 		return nil, err
 	}
@@ -157,6 +156,10 @@ func (o *globalOptions) nodeWith(log *zap.Logger, change func(*agent.Config)) (*
 		node.Progress = o.progress.tell
 	}
 	return node, nil
+}
+
+func (o *globalOptions) program() agent.Program {
+	return agent.Program{Version: version, Command: o.command, ExitCode: func(errs []error) int { return exitCode(failures(errs)) }}
 }
 
 // logger writes to stderr, where journald takes it from. By hand only warnings

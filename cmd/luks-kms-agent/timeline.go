@@ -14,7 +14,6 @@ import (
 	"unicode"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/luks-kms-agent/luks-kms-agent/agent"
 )
@@ -79,12 +78,7 @@ func writeSVG(path string, t agent.Timeline) error {
 func columns(out io.Writer) int {
 	n, err := strconv.Atoi(os.Getenv("COLUMNS"))
 	if err != nil {
-		n = 80
-		if f, ok := out.(*os.File); ok {
-			if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil && size.Col > 0 {
-				n = int(size.Col)
-			}
-		}
+		n = screenOf(out).width
 	}
 	return min(max(n, 60), 120)
 }

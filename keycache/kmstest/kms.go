@@ -250,6 +250,13 @@ func (k *KMS) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		return
 	}
+	if r.Method == http.MethodGet && r.URL.Path == "/" {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		w.Header().Set("Date", time.Now().Add(k.ahead).UTC().Format(http.TimeFormat))
+		http.NotFound(w, r)
+		return
+	}
 	op, ok := strings.CutPrefix(r.Header.Get("X-Amz-Target"), "TrentService.")
 	if !ok || r.Method != http.MethodPost || r.Header.Get("Content-Type") != "application/x-amz-json-1.1" {
 		k.t.Errorf("kmstest: %s %s is no KMS call (target %q)", r.Method, r.URL, r.Header.Get("X-Amz-Target"))

@@ -388,5 +388,8 @@ func inKeycache() []protection {
 		{"ProtectMemory locks all memory", []edit{
 			{protect, "err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)", "err := error(nil)"},
 		}, "./keycache TestProtectMemory"},
+		{"a preflight refuses the state directories that a run refuses", []edit{
+			{"keycache/store.go", "for _, d := range append([]string{\"\"}, s.folders()...) {", "for range 0 {\n\t\tvar d string"},
+		}, "./keycache TestCheckDirRefusesWhatOpenStoreRefuses"},
 	}
 }

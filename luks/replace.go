@@ -34,7 +34,7 @@ func replaceToken(ctx context.Context, path, keyARN string, wrapped []byte, k Ke
 		return err
 	}
 	if before.PrimaryDamaged || before.SecondaryDamaged {
-		return &HeaderError{path, []string{"a header copy is damaged"}}
+		return &HeaderError{path, []string{reasonOneCopy}}
 	}
 	token := *before.Header.Token
 	if token.KeyARN == keyARN && bytes.Equal(token.WrappedKey, wrapped) {

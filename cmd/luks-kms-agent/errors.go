@@ -58,6 +58,8 @@ func exitCode(err error) int {
 		kms     *keycache.Error
 		store   *keycache.StoreError
 		record  *keycache.RecordError
+		backup  *keycache.BackupError
+		place   *agent.BackupPlaceError
 		header  *luks.HeaderError
 		mount   *systemd.MountError
 		program *exec.ExitError
@@ -77,7 +79,7 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown):
+	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &place):
 		return exitUsage
 	case errors.As(err, &refused):
 		switch refused.Refusal {
@@ -104,9 +106,11 @@ func exitCode(err error) int {
 	case errors.Is(err, luks.ErrNoCryptsetup), errors.Is(err, luks.ErrNoDMCrypt),
 		errors.Is(err, volumes.ErrNoProgram), errors.Is(err, systemd.ErrNoSystemd):
 		return exitMissing
+	case errors.As(err, &backup) && !errors.As(err, &errno) && !errors.Is(err, fs.ErrExist):
+		return exitRefused // the file can be read, and is not accepted
 	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):
 		return exitRefused
-	case errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy),
+	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy),
 		errors.Is(err, fs.ErrNotExist), errors.As(err, &program), errors.As(err, &errno):
 		return exitDevice
 	}
@@ -122,6 +126,8 @@ func hint(err error) string {
 		refused *agent.RefusedError
 		kms     *keycache.Error
 		store   *keycache.StoreError
+		backup  *keycache.BackupError
+		place   *agent.BackupPlaceError
 		mount   *systemd.MountError
 		header  *luks.HeaderError
 	)
@@ -132,6 +138,14 @@ func hint(err error) string {
 		return fmt.Sprintf("Write %s; the smallest one is a line: `kms_key: arn:aws:kms:REGION:ACCOUNT:key/ID`.", config.Path)
 	case errors.As(err, &config):
 		return fmt.Sprintf("Correct %s; `luks-kms-agent plan` then shows what it means, and touches nothing.", config.Path)
+	case errors.As(err, &place):
+		return "Name a directory that is there when the volume is not, best on another machine's disk."
+	case errors.As(err, &backup) && errors.Is(err, fs.ErrExist):
+		return "Name another file; a backup is never overwritten."
+	case errors.As(err, &backup) && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EROFS)):
+		return "Name a file or directory that is there, can be used by root, and has room for 3 MiB per volume. No volume was touched."
+	case errors.As(err, &backup):
+		return "Use another backup of this volume, or take this one apart by hand (docs/records.md). No volume was touched."
 	case errors.As(err, &unknown):
 		return "Run `luks-kms-agent status` to see the volumes and their names."
 	case errors.As(err, &refused):
@@ -178,6 +192,10 @@ func refusedHint(e *agent.RefusedError) string {
 		return "Do not use the volume. Restore its LUKS header from a backup, or find out who could write to the disk; see docs/troubleshooting.md."
 	case agent.RefusedRecord:
 		return "Look at the record; put back a good copy, or move it to the archive directory beside it: a volume with our token is then adopted."
+	case agent.RefusedInUse:
+		return "Run `luks-kms-agent lock` for the volume, or unmount and close what uses the disk, and try again. Nothing was written to it."
+	case agent.RefusedWiping:
+		return "Run `luks-kms-agent wipe` for the volume again: it goes on where it was cut. Until then nothing touches the disk."
 	case agent.RefusedShared:
 		return "Add it to `exclude:`; or, if no other instance ever has it attached, set `multi_attach: allow`. Nothing was written to it."
 	case agent.RefusedDevice:

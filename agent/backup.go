@@ -203,6 +203,9 @@ func holds(ctx context.Context, d volumes.Device, uuid string) error {
 		return refuse("it holds %s", describeKind(header.Kind))
 	case header.Header != nil && header.Header.UUID != uuid:
 		return refuse("it holds LUKS volume %s, not %s", header.Header.UUID, uuid)
+	case header.PrimaryForeign:
+		// blkid would see no more than the secondary copy.
+		return refuse("something that is not LUKS stands at its start, before a whole secondary header")
 	case header.Pass() && !header.PrimaryDamaged:
 		return nil
 	}

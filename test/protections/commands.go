@@ -28,7 +28,7 @@ func inCommands() []protection {
 			{errs, "case errors.Is(err, keycache.ErrOtherKey):\n\t\treturn exitKMSDenied\n", ""},
 		}, codes},
 		{"a wrong command line, configuration or name is not tried again (2)", []edit{
-			{errs, "errors.As(err, &unknown):\n\t\treturn exitUsage", "errors.As(err, &unknown):\n\t\treturn exitUnavailable"},
+			{errs, "errors.As(err, &place):\n\t\treturn exitUsage", "errors.As(err, &place):\n\t\treturn exitUnavailable"},
 		}, codes},
 		{"a refused volume is told (3)", []edit{{errs, "\t\t}\n\t\treturn exitRefused\n", "\t\t}\n\t\treturn exitOK\n"}}, codes},
 		{"an unreadable record is told (3)", []edit{

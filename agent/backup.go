@@ -108,6 +108,9 @@ func (w *work) backUp(ctx context.Context, t target, path, agentVersion string) 
 	if err := w.checkPlace(path); err != nil {
 		return err
 	}
+	if t.Volume.Rotation != nil {
+		return fmt.Errorf("cannot back up the header of volume %s: %w", t.Volume.UUID, ErrRotating)
+	}
 	rec, err := w.facts.keyOf(t.Volume)
 	if err != nil {
 		return err

@@ -194,6 +194,8 @@ func (w *work) recordsFor(b *keycache.Backup) (keycache.VolumeRecord, keycache.K
 		return refuse("its record is of instance %s", rec.InstanceID)
 	case rec.State != keycache.StateReady:
 		return refuse("it is recorded %s", rec.State)
+	case rec.Rotation != nil:
+		return rec, b.Key, fmt.Errorf("cannot restore the header of volume %s: %w", rec.UUID, ErrRotating)
 	case rec.Identity != b.Volume.Identity || rec.Class != b.Volume.Class || rec.Size != b.Volume.Size:
 		return refuse("its record says %s %s with %d bytes, and the backup %s %s with %d", rec.Class, rec.Identity, rec.Size, b.Volume.Class, b.Volume.Identity, b.Volume.Size)
 	}

@@ -126,6 +126,13 @@ func (n *Node) verify(store *keycache.Store, facts Facts, keys *keyring, t targe
 	if passes {
 		v.check("copies", copiesProblem(header))
 	}
+	if rec.Rotation != nil {
+		v.add("record", ResultWarning, nil, "%v: rotate goes on with that", ErrRotating)
+		// The token names which of the two opens it.
+		if next, ok := facts.Records.Keys[rec.Rotation.KeyID]; ok && passes && bytes.Equal(header.Header.Token.WrappedKey, next.WrappedKey) {
+			rec.KeyID = next.ID
+		}
+	}
 	keyRecord, err := facts.keyOf(rec)
 	var key *keycache.Key
 	if err == nil {

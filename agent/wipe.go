@@ -65,7 +65,7 @@ func (n *Node) Wipe(ctx context.Context, name string, confirm func(Wipe) error) 
 	}
 
 	if rec.State != keycache.StateWiping {
-		rec.State, rec.Changed = keycache.StateWiping, n.now()
+		rec.State, rec.Rotation, rec.Changed = keycache.StateWiping, nil, n.now()
 		if err := w.store.PutVolume(rec); err != nil {
 			return out, err
 		}

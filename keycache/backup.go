@@ -96,7 +96,7 @@ func (b *Backup) validate() error {
 	}
 	switch {
 	case m.Version != RecordVersion:
-		return versionError(m.Version)
+		return versionError(m.Version, &m)
 	case m.AgentVersion == "":
 		return errors.New("agent_version is empty")
 	case len(b.Header) == 0 || len(b.Header) > maxBackupHeader:
@@ -107,6 +107,8 @@ func (b *Backup) validate() error {
 		return errors.New("its key record is not the volume's")
 	case m.UUID != b.Volume.UUID || m.Class != b.Volume.Class || m.Identity != b.Volume.Identity || m.Size != b.Volume.Size:
 		return errors.New("its manifest is not of its volume record")
+	case b.Volume.Rotation != nil:
+		return errors.New("the data key of its volume is being replaced")
 	case b.Volume.State != StateReady:
 		return fmt.Errorf("its volume is %s, not %s", b.Volume.State, StateReady)
 	}
@@ -287,7 +289,7 @@ type BackupNote struct {
 func (n *BackupNote) validate() error {
 	switch sum, err := hex.DecodeString(n.HeaderSHA256); {
 	case n.Version != RecordVersion:
-		return versionError(n.Version)
+		return versionError(n.Version, n)
 	case !isUUID(n.UUID):
 		return fmt.Errorf("uuid %q is not a UUID", n.UUID)
 	case !filepath.IsAbs(n.Path):

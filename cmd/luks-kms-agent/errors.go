@@ -108,9 +108,9 @@ func exitCode(err error) int {
 		return exitMissing
 	case errors.As(err, &backup) && !errors.As(err, &errno) && !errors.Is(err, fs.ErrExist):
 		return exitRefused // the file can be read, and is not accepted
-	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):
+	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
 		return exitRefused
-	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy),
+	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, agent.ErrNoKeySlot),
 		errors.Is(err, fs.ErrNotExist), errors.As(err, &program), errors.As(err, &errno):
 		return exitDevice
 	}
@@ -178,6 +178,10 @@ func hint(err error) string {
 		return "The state directory must be a directory of root's with mode 0700. Nothing in it was changed."
 	case errors.As(err, &mount):
 		return "The volume is open. See `systemctl status` of the mount unit, then run `luks-kms-agent unlock` again."
+	case errors.Is(err, agent.ErrRotating):
+		return "Run `luks-kms-agent rotate` to end that, and then this again."
+	case errors.Is(err, agent.ErrNoKeySlot):
+		return "Remove a key slot that nobody needs: `cryptsetup luksDump` lists them, `cryptsetup luksKillSlot` removes one; never the token's."
 	case errors.Is(err, luks.ErrBusy):
 		return "Stop what uses the volume (`fuser -vm MOUNT_POINT`) and try again."
 	case errors.Is(err, fs.ErrPermission):
@@ -207,6 +211,9 @@ func refusedHint(e *agent.RefusedError) string {
 func kmsHint(e *keycache.Error) string {
 	switch e.Reason {
 	case keycache.ReasonDenied:
+		if e.Op == "ReEncrypt" {
+			return "Let the node's role use both keys: kms:ReEncryptFrom on the old one, kms:ReEncryptTo on the new one, and kms:Decrypt on both. Nothing was changed."
+		}
 		return "Let the node's role use the key: kms:GenerateDataKey and kms:Decrypt in its IAM policy and in the key policy (README, \"Policies\"). No volume was touched."
 	case keycache.ReasonNotFound:
 		return "Check kms_key and region: that key does not exist there. No volume was touched."

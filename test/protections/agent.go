@@ -153,5 +153,17 @@ func inAgent() []protection {
 			[]edit{{"agent/config.go", "case st.Mode&0o022 != 0:", "case false:"}}, "./agent TestUnsafeConfigFileIsRefused"},
 		{"a configuration of another user's is refused",
 			[]edit{{"agent/config.go", "case st.Uid != 0 && int(st.Uid) != os.Geteuid():", "case false:"}}, "./agent TestUnsafeConfigFileIsRefused"},
+
+		// Rewrap and rotate.
+		{"a rewrapped data key is proven to be the same before the record is replaced",
+			[]edit{{"agent/rewrap.go", "if !proven.Equal(key) {", "if false {"}}, "./agent TestRewrapProvesBeforeItReplaces/another data key"},
+		{"a volume is opened by the data key that its token names while that is being replaced",
+			[]edit{{apply, "if v.Rotation != nil {", "if false {"}}, "./agent TestRotateIsCutAtEveryStep/node"},
+		{"the data key to come is not archived as unused",
+			[]edit{{plan, "return []string{v.KeyID, v.Rotation.KeyID}", "return []string{v.KeyID}"}}, "./agent TestRotateIsCutAtEveryStep/node"},
+		{"rotate does not take over a key slot that somebody else made",
+			[]edit{{"agent/rotate.go", "if added = err == nil; !added {", "if added = true; !added {"}}, "./agent TestRotateLeavesSlotsOfOthers"},
+		{"rotate removes no key slot that the old data key does not open",
+			[]edit{{"agent/rotate.go", "if errors.Is(err, luks.ErrWrongKey) {\n\t\tr.log", "if false {\n\t\tr.log"}, {"agent/rotate.go", "if err != nil {\n\t\treturn err\n\t}\n\treturn luks.RemoveKeySlot", "return luks.RemoveKeySlot"}}, "./agent TestRotateLeavesSlotsOfOthers"},
 	}
 }

@@ -56,6 +56,7 @@ const (
 	RefusedRecord  Refusal = "record"  // a record cannot be read
 	RefusedShared  Refusal = "shared"  // other instances may write to it
 	RefusedInUse   Refusal = "in use"  // open, mounted or held, where it must not be
+	RefusedBackup  Refusal = "backup"  // a header backup that is not this disk's
 	RefusedWiping  Refusal = "wiping"  // a wipe was begun and has to be finished
 )
 

@@ -15,6 +15,9 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
+// ErrNoFilesystem: a restored header opens its volume, and there is no filesystem of ours in that.
+var ErrNoFilesystem = fmt.Errorf("there is no filesystem of %v", filesystems)
+
 // Restore is a header that is to be restored, or was.
 type Restore struct {
 	Manifest keycache.Manifest
@@ -60,7 +63,7 @@ func (n *Node) RestoreHeader(ctx context.Context, path, name string, confirm fun
 		return r, err
 	}
 	if header.Header.UUID != b.Volume.UUID {
-		return r, &RefusedError{Refusal: RefusedContent, Device: path, Reason: "its header is of volume " + header.Header.UUID + ", not of " + b.Volume.UUID}
+		return r, &RefusedError{Refusal: RefusedBackup, Device: path, Reason: "its header is of volume " + header.Header.UUID + ", not of " + b.Volume.UUID}
 	}
 	key, err := w.keys.get(keyRecord)
 	if err != nil {
@@ -151,9 +154,9 @@ func (w *work) diskOf(b *keycache.Backup, name string) (DeviceFacts, error) {
 		shows := open || d.Header != nil && d.Header.Header != nil && d.Header.Header.UUID == v.UUID
 		switch {
 		case !same && name != "" && d.Is(name):
-			return d, &RefusedError{Refusal: RefusedContent, Device: d.Path, Reason: fmt.Sprintf("the backup is of %s %s, and this is %s %s", v.Class, v.Identity, d.Class, d.Identity)}
+			return d, &RefusedError{Refusal: RefusedBackup, Device: d.Path, Reason: fmt.Sprintf("the backup is of %s %s, and this is %s %s", v.Class, v.Identity, d.Class, d.Identity)}
 		case !same && shows:
-			return d, &RefusedError{Refusal: RefusedContent, Device: d.Path, Reason: fmt.Sprintf("it shows volume %s, and the backup of that is of %s", v.UUID, v.Identity)}
+			return d, &RefusedError{Refusal: RefusedBackup, Device: d.Path, Reason: fmt.Sprintf("it shows volume %s, and the backup of that is of %s", v.UUID, v.Identity)}
 		}
 	}
 	switch {
@@ -167,7 +170,7 @@ func (w *work) diskOf(b *keycache.Backup, name string) (DeviceFacts, error) {
 		return d, &UnknownVolumeError{Name: name}
 	}
 	if d.Size != v.Size {
-		return d, &RefusedError{Refusal: RefusedContent, Device: d.Path, Reason: fmt.Sprintf("it has %d bytes, and the backup is of a disk with %d", d.Size, v.Size)}
+		return d, &RefusedError{Refusal: RefusedBackup, Device: d.Path, Reason: fmt.Sprintf("it has %d bytes, and the backup is of a disk with %d", d.Size, v.Size)}
 	}
 	return d, d.free()
 }
@@ -253,7 +256,7 @@ func (w *work) proveOpens(ctx context.Context, d DeviceFacts, rec keycache.Volum
 	}
 	content, err := volumes.Filesystem(ctx, w.maps.Path(rec.Mapping))
 	if err == nil && !slices.Contains(filesystems, content.Type) {
-		err = &RefusedError{Refusal: RefusedContent, Device: d.Path, Reason: fmt.Sprintf("the header is restored and opens volume %s, but that holds no %v filesystem", rec.UUID, filesystems)}
+		err = fmt.Errorf("the header of %s is restored and opens volume %s, but: %w (%s)", d.Path, rec.UUID, ErrNoFilesystem, content.Detail)
 	}
 	return errors.Join(err, w.maps.Close(context.WithoutCancel(ctx), rec.Mapping))
 }

@@ -152,28 +152,31 @@ func (b *Backup) encode() ([]byte, error) {
 // Write stores the backup in a new file (0600), durably, and reads it back. It never overwrites: a *BackupError with fs.ErrExist. A cut
 // leaves the file, or none of that name.
 func (b *Backup) Write(path string) error {
-	fail := func(err error) error {
-		var store *StoreError
-		if errors.As(err, &store) {
-			err = store.Err
-		}
-		return &BackupError{Path: path, Err: bare(err), verb: "write"}
-	}
 	data, err := b.encode()
 	if err != nil {
-		return fail(err)
+		return &BackupError{Path: path, Err: err, verb: "write"}
 	}
 	if err := WriteNew(path, data); err != nil {
-		return fail(err)
-	}
-	if _, err := ReadBackup(path); err != nil {
 		return err
 	}
-	return nil
+	_, err = ReadBackup(path)
+	return err
 }
 
-// WriteNew stores data in a new file (0600), durably, and reads it back: by a temporary file beside it, and never over another.
+// WriteNew stores data as [Backup.Write] stores a backup.
 func WriteNew(path string, data []byte) error {
+	err := writeNew(path, data)
+	if err == nil {
+		return nil
+	}
+	var store *StoreError
+	if errors.As(err, &store) {
+		err = store.Err
+	}
+	return &BackupError{Path: path, Err: bare(err), verb: "write"}
+}
+
+func writeNew(path string, data []byte) error {
 	s := newStore(filepath.Dir(path))
 	tmp, err := s.writeTemp(s.dir, data)
 	if err != nil {
@@ -181,7 +184,7 @@ func WriteNew(path string, data []byte) error {
 	}
 	if err := linkNew(tmp, path); err != nil {
 		_ = os.Remove(tmp)
-		return storeError("write", path, err)
+		return err
 	}
 	if err := s.syncDir(s.dir); err != nil {
 		return err
@@ -190,10 +193,7 @@ func WriteNew(path string, data []byte) error {
 	if err == nil && !bytes.Equal(got, data) {
 		err = errors.New("it does not hold what was written")
 	}
-	if err != nil {
-		return storeError("read back", path, err)
-	}
-	return nil
+	return err
 }
 
 // ReadBackup reads a backup file and wants everything in it to be as [Backup.Write] makes it: the members, their order, their checksums,

@@ -110,7 +110,7 @@ func exitCode(err error) int {
 		return exitRefused // the file can be read, and is not accepted
 	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
 		return exitRefused
-	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, agent.ErrNoKeySlot),
+	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, agent.ErrNoKeySlot), errors.Is(err, agent.ErrNoFilesystem),
 		errors.Is(err, fs.ErrNotExist), errors.As(err, &program), errors.As(err, &errno):
 		return exitDevice
 	}
@@ -138,6 +138,8 @@ func hint(err error) string {
 		return fmt.Sprintf("Write %s; the smallest one is a line: `kms_key: arn:aws:kms:REGION:ACCOUNT:key/ID`.", config.Path)
 	case errors.As(err, &config):
 		return fmt.Sprintf("Correct %s; `luks-kms-agent plan` then shows what it means, and touches nothing.", config.Path)
+	case errors.Is(err, agent.ErrNoFilesystem):
+		return "The data was overwritten, or the volume wiped. The volume is closed; what the header replaced is saved beside the backup."
 	case errors.As(err, &place):
 		return "Name a directory that is there when the volume is not, best on another machine's disk."
 	case errors.As(err, &backup) && errors.Is(err, fs.ErrExist):
@@ -198,6 +200,8 @@ func refusedHint(e *agent.RefusedError) string {
 		return "Look at the record; put back a good copy, or move it to the archive directory beside it: a volume with our token is then adopted."
 	case agent.RefusedInUse:
 		return "Run `luks-kms-agent lock` for the volume, or unmount and close what uses the disk, and try again. Nothing was written to it."
+	case agent.RefusedBackup:
+		return "Use the backup of that volume. Nothing was written to it. For a copy of the volume or a grown disk: docs/recovery.md, \"A header is damaged\"."
 	case agent.RefusedWiping:
 		return "Run `luks-kms-agent wipe` for the volume again: it goes on where it was cut. Until then nothing touches the disk."
 	case agent.RefusedShared:

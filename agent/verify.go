@@ -98,6 +98,15 @@ func (n *Node) Verify(ctx context.Context, names []string) ([]Verified, error) {
 func (n *Node) verify(store *keycache.Store, facts Facts, keys *keyring, t target) Verified {
 	rec := t.Volume
 	v := Verified{UUID: rec.UUID, Class: rec.Class, Identity: rec.Identity, Device: t.Device.Path, Result: ResultOK}
+	if t.Device.Path == "" {
+		for _, d := range facts.Devices {
+			if sameDisk(rec, d.Device) && d.Header != nil {
+				v.Device = d.Path
+				v.check("header", &luks.HeaderError{Path: d.Path, Reasons: []string{fmt.Sprintf("it is not there: the disk of volume %s shows %q", rec.UUID, d.Header.Kind)}})
+				return v
+			}
+		}
+	}
 	if !v.check("device", t.err) {
 		return v
 	}

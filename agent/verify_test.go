@@ -10,6 +10,7 @@ import (
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
@@ -89,7 +90,8 @@ func TestVerifyFinds(t *testing.T) {
 		"both damaged": {func(m *machine, d volumes.Device) {
 			m.write(d, 5000, []byte{0xff})
 			m.write(d, 5000+16<<10, []byte{0xff})
-		}, "failed device: volume"},
+		}, "failed header: "},
+		"no header":          {func(m *machine, d volumes.Device) { m.destroy(d) }, "it is not there"},
 		"a damaged key slot": {func(m *machine, d volumes.Device) { m.write(d, 40<<10, []byte{1, 2, 3}) }, "failed mac: "},
 		"KMS says no":        {func(m *machine, d volumes.Device) { m.kms.SetState(m.kms.ARN(), kmstest.Disabled) }, "failed key: "},
 		"another data key": {func(m *machine, d volumes.Device) {
@@ -97,10 +99,8 @@ func TestVerifyFinds(t *testing.T) {
 		}, "failed mac: "},
 		"a token that was not rewrapped": {func(m *machine, d volumes.Device) {
 			to := m.kms.NewKey(kmstest.KeySpec{})
-			n := m.node()
-			n.cfg.KMSKey = to
 			m.cfg.KMSKey = to
-			n = m.node()
+			n := m.node()
 			devices := m.devices
 			m.devices = nil
 			if _, err := n.Rewrap(m.t.Context()); err != nil {
@@ -136,6 +136,42 @@ func TestVerifyFinds(t *testing.T) {
 			}
 			m.untouched(sums)
 		})
+	}
+}
+
+// While a data key is being replaced each verb knows which one the volume has, or waits.
+func TestHeaderVerbsDuringRotate(t *testing.T) {
+	m, _, file := backedUp(t)
+	at := map[step]*machine{}
+	n := m.node()
+	n.atStep = func(s step) { at[s] = m.copyTo(filepath.Join(t.TempDir(), "cut")) }
+	if _, err := n.Rotate(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	for s, cut := range at {
+		rotating := false
+		for _, v := range cut.records().Volumes {
+			rotating = v.Rotation != nil
+		}
+		if got := cut.verify(); strings.Contains(got, "failed") || strings.Contains(got, "rotate goes on") != rotating {
+			t.Errorf("%s: %s", s, got)
+		}
+		if !rotating {
+			continue
+		}
+		if _, err := cut.backUp(); !errors.Is(err, ErrRotating) {
+			t.Errorf("%s: backup: %v", s, err)
+		}
+		if _, err := cut.restore(file, ""); !errors.Is(err, ErrRotating) {
+			t.Errorf("%s: restore: %v", s, err)
+		}
+		if _, err := cut.wipe("vol-1"); err != nil {
+			t.Errorf("%s: wipe: %v", s, err)
+		}
+	}
+	// A header from before opens by the old data key, which is not the record's.
+	if _, err := m.restore(file, ""); !errors.Is(err, luks.ErrWrongKey) {
+		t.Errorf("%v", err)
 	}
 }
 

@@ -44,7 +44,7 @@ func TestHeaderVerbs(t *testing.T) {
 	}
 
 	n.Sh("luks-kms-agent lock; dd if=/dev/urandom of=" + byID(ebs1) + " bs=1M count=3 conv=nocreat,notrunc,fsync status=none")
-	if r := n.Agent("verify"); r.Code != 6 {
+	if r := n.Agent("verify"); r.Code != 7 {
 		t.Errorf("verify without a header: %s", r)
 	}
 	n.HoldCommand("the key slots are restored", "header restore /root/headers/"+first+".*.tar --yes")

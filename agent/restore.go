@@ -15,7 +15,7 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
-// ErrNoFilesystem: a restored header opens its volume, and there is no filesystem of ours in that.
+// ErrNoFilesystem says that a restored header opens its volume, and that there is no filesystem of ours in that.
 var ErrNoFilesystem = fmt.Errorf("there is no filesystem of %v", filesystems)
 
 // Restore is a header that is to be restored, or was.

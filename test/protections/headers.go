@@ -28,8 +28,10 @@ func inHeaders() []protection {
 			file, "case m.UUID != b.Volume.UUID || m.Class", "case m.Class", "./keycache TestBackupOfSeveralVolumesIsRefused"),
 
 		// Restore.
-		one("a header is restored only once the data key has opened it",
-			restore, "if err := header.Verify(key); err != nil {", "if false {\n\t\tvar err error", refuses+"a header that was tampered with"),
+		{"a header is restored only once the data key has opened it", []edit{
+			{restore, "if err := header.Verify(key); err != nil {", "if false {\n\t\tvar err error"},
+			{header, "if err := want.verify(k); err != nil {", "if false {\n\t\tvar err error"},
+		}, refuses + "a header that was tampered with"},
 		one("what writes a header wants it to open, too",
 			header, "if err := want.verify(k); err != nil {", "if false {\n\t\tvar err error", "./luks TestRestoreHeaderProvesBeforeItWrites"),
 		one("both copies are torn before the key slots are written",
@@ -61,7 +63,7 @@ func inHeaders() []protection {
 		one("verify sees a damaged copy",
 			verify, "v.check(\"copies\", copiesProblem(header))", "v.check(\"copies\", nil)", "./agent TestVerifyFinds/a damaged secondary copy"),
 		one("verify has the data key open the header",
-			verify, "v.check(\"mac\", header.Verify(key))", "v.check(\"mac\", nil)", "./agent TestVerifyFinds/a damaged key slot"),
+			verify, "v.check(\"mac\", header.Verify(key))", "_ = key", "./agent TestVerifyFinds/a damaged key slot"),
 		one("verify sees a token that the record does not know",
 			verify, "token.KeyARN != keyRecord.KeyARN || !bytes.Equal(token.WrappedKey, keyRecord.WrappedKey)", "len(token.WrappedKey) == 0 || bytes.Equal(nil, token.WrappedKey)", "./agent TestVerifyFinds/a token that was not rewrapped"),
 

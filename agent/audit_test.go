@@ -224,7 +224,7 @@ func TestAuditOfALife(t *testing.T) {
 	m.wantJournal()
 	keys = append(keys, m.forms()...)
 	for what, text := range map[string][]byte{"audit log": read(t, m.cfg.AuditLog), "journal": []byte(fmt.Sprint(m.journal))} {
-		if holds(text, keys) {
+		if holdsKey(text, keys) {
 			t.Errorf("a key is in the %s", what)
 		}
 	}
@@ -233,14 +233,14 @@ func TestAuditOfALife(t *testing.T) {
 		l := newAuditLog(filepath.Join(t.TempDir(), "log", "audit.jsonl"), Program{}, zap.NewNop())
 		l.journal = func(systemd.Entry) error { return nil }
 		l.add(Event{Kind: EventVolumeOpened, Reason: string(keys[i])})
-		if text := read(t, l.path); !holds(text, keys) || len(keys) < 3*16 {
+		if text := read(t, l.path); !holdsKey(text, keys) || len(keys) < 3*16 {
 			t.Errorf("form %d is not found among %d", i, len(keys))
 		}
 	}
 }
 
-// holds says whether one of the forms is in a text.
-func holds(text []byte, forms [][]byte) bool {
+// holdsKey says whether one of the forms is in a text.
+func holdsKey(text []byte, forms [][]byte) bool {
 	return slices.ContainsFunc(forms, func(form []byte) bool { return bytes.Contains(text, form) })
 }
 

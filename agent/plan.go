@@ -55,6 +55,9 @@ const (
 	RefusedDevice  Refusal = "device"  // missing, unreadable, read-only
 	RefusedRecord  Refusal = "record"  // a record cannot be read
 	RefusedShared  Refusal = "shared"  // other instances may write to it
+	RefusedInUse   Refusal = "in use"  // open, mounted or held, where it must not be
+	RefusedBackup  Refusal = "backup"  // a header backup that is not this disk's
+	RefusedWiping  Refusal = "wiping"  // a wipe was begun and has to be finished
 )
 
 // Action is what is to be done with one device, and why.
@@ -230,6 +233,8 @@ func (d *decision) device(dev DeviceFacts) Action {
 	switch h := dev.Header; {
 	case recorded && rec.State == keycache.StateReady:
 		return d.ready(a, rec)
+	case recorded && rec.State == keycache.StateWiping:
+		return d.wiping(a)
 	case recorded:
 		return d.formatting(a, rec)
 	case h.Kind == luks.KindNone:
@@ -309,6 +314,8 @@ func compactUUID(uuid string) string { return strings.ReplaceAll(uuid, "-", "") 
 func (d *decision) mapped(a Action, m volumes.Mapping) Action {
 	a.OpenAs = m.Name
 	switch {
+	case a.Volume.State == keycache.StateWiping:
+		return d.wiping(a)
 	case a.Volume.State == keycache.StateFormatting && len(m.Mounts) > 0:
 		a.Verb, a.Refusal = Refuse, RefusedContent
 		a.Reason = fmt.Sprintf("its record says formatting, but it is mounted on %s", strings.Join(m.Mounts, ", "))
@@ -321,6 +328,13 @@ func (d *decision) mapped(a Action, m volumes.Mapping) Action {
 	default:
 		a.Verb, a.Reason = Mount, fmt.Sprintf("open as %s, not mounted", m.Name)
 	}
+	return a
+}
+
+// wiping decides on a device whose wipe a person began: only a person goes on with it, whatever it holds by now.
+func (d *decision) wiping(a Action) Action {
+	a.Verb, a.Refusal = Refuse, RefusedWiping
+	a.Reason = fmt.Sprintf("a wipe of volume %s was begun and not finished", a.Volume.UUID)
 	return a
 }
 
@@ -445,9 +459,9 @@ func (d *decision) format(a Action, why string) Action {
 	}
 	for _, id := range sortedKeys(d.live) {
 		rec := d.live[id]
-		if rec.State == keycache.StateReady && sameDisk(rec, a.Device.Device) && !slices.Contains(a.Replaces, id) {
+		if rec.State != keycache.StateFormatting && sameDisk(rec, a.Device.Device) && !slices.Contains(a.Replaces, id) {
 			a.Verb, a.Refusal = Refuse, RefusedContent
-			a.Reason = fmt.Sprintf("%s, but volume %s is recorded ready on the same disk", why, id)
+			a.Reason = fmt.Sprintf("%s, but volume %s is recorded %s on the same disk", why, id, rec.State)
 			return a
 		}
 	}

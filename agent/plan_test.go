@@ -137,7 +137,7 @@ func TestDecisionTable(t *testing.T) {
 	recorded := func(state keycache.VolumeState, d volumes.Device) *world {
 		return newWorld().key("k1", me).record(a, state, d, "/mnt")
 	}
-	ready, formatting := keycache.StateReady, keycache.StateFormatting
+	ready, formatting, wiping := keycache.StateReady, keycache.StateFormatting, keycache.StateWiping
 
 	for _, tc := range []struct {
 		name  string
@@ -157,6 +157,9 @@ func TestDecisionTable(t *testing.T) {
 		{"ours, tampered, without record", newWorld().device(vol, ours(a, "cipher is null"), nil), "refuse header: cipher is null"},
 
 		{"formatting, blank", recorded(formatting, vol).device(vol, none(), blank()), "format /mnt: cut"},
+		{"wiping, with its header", recorded(wiping, vol).device(vol, ours(a), nil), "refuse wiping: was begun and not finished"},
+		{"wiping, blank instance store", recorded(wiping, eph).device(eph, none(), blank()), "refuse wiping: was begun and not finished"},
+		{"wiping, noise", recorded(wiping, vol).device(vol, none(), &volumes.Content{Detail: "noise", NoiseFrom: 1}), "refuse wiping: was begun and not finished"},
 		{"formatting, key slots without a header", recorded(formatting, vol).device(vol, none(), &volumes.Content{Detail: "noise", NoiseFrom: 32 << 10}), "format /mnt: cut"},
 		{"formatting, noise where a header would be", recorded(formatting, vol).device(vol, none(), &volumes.Content{Detail: "noise", NoiseFrom: 4 << 10}), "refuse content: noise"},
 		{"key slots without a header, no record", newWorld().device(vol, none(), &volumes.Content{Detail: "noise", NoiseFrom: 32 << 10}), "refuse content: noise"},

@@ -119,6 +119,7 @@ type VolumeStatus struct {
 	RecoveryKey      *bool     `json:"recovery_key,omitempty"`   // nil where no header was read
 	OtherKeySlots    *int      `json:"other_key_slots,omitempty"`
 	HeaderBackup     time.Time `json:"header_backup,omitzero"`
+	BackupStale      bool      `json:"header_backup_stale,omitempty"` // the header was changed since
 	PrimaryDamaged   bool      `json:"primary_damaged,omitempty"`
 	SecondaryDamaged bool      `json:"secondary_damaged,omitempty"`
 	Problems         []string  `json:"problems,omitempty"`
@@ -311,7 +312,7 @@ func (n *Node) currentStatus(ctx context.Context, justRan bool) (Status, map[str
 			s.Volumes = append(s.Volumes, recordStatus(records.Volumes[id]))
 			v = s.volume(id)
 		}
-		n.describe(v, records.Volumes[id], facts)
+		n.describe(v, records.Volumes[id], facts, store)
 	}
 	// Of a volume that has no record any more only a run can tell.
 	s.Volumes = slices.DeleteFunc(s.Volumes, func(v VolumeStatus) bool { return v.State == "" && v.Action == "" })
@@ -361,7 +362,7 @@ func (n *Node) headers(devices []volumes.Device, records keycache.Records) []Dev
 }
 
 // describe fills in how a recorded volume is now.
-func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts) {
+func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts, store *keycache.Store) {
 	problem := func(format string, args ...any) { v.Problems = append(v.Problems, fmt.Sprintf(format, args...)) }
 	disk, mounts, others := f.find(rec, v.Device)
 	v.Class, v.Identity, v.Size, v.KeyID = rec.Class, rec.Identity, rec.Size, rec.KeyID
@@ -369,7 +370,14 @@ func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts) {
 		v.Class, v.Identity, v.Size = string(disk.Class), disk.Identity, disk.Size
 	}
 	v.Mapping, v.MountPoint, v.Filesystem = rec.Mapping, rec.MountPoint, rec.Filesystem
-	v.HeaderBackup, _ = lastBackup(rec.UUID)
+	switch note, err := store.Backup(rec.UUID); {
+	case err == nil:
+		// Every change of a header raises its number, so this is as good as to read all of it.
+		v.HeaderBackup = note.Time
+		v.BackupStale = disk.Header != nil && disk.Header.Header != nil && disk.Header.Header.SeqID != note.SeqID
+	case !errors.Is(err, fs.ErrNotExist):
+		problem("%v", err)
+	}
 
 	switch {
 	case mounts != nil && len(*mounts) > 0:
@@ -404,6 +412,9 @@ func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts) {
 	}
 	if rec.State == keycache.StateFormatting {
 		problem("its format was not finished")
+	}
+	if rec.State == keycache.StateWiping {
+		problem("its wipe was not finished: run wipe again")
 	}
 	if f.InstanceID != "" && rec.InstanceID != f.InstanceID {
 		problem("its record is of instance %s: the next run moves it to quarantine", rec.InstanceID)
@@ -502,7 +513,3 @@ func (v *VolumeStatus) describeKey(disk DeviceFacts, rec keycache.VolumeRecord, 
 		}
 	}
 }
-
-// lastBackup is when the header of a volume was last written to a backup; false where that is not known.
-// Nothing records that yet: who does tells it here.
-func lastBackup(string) (time.Time, bool) { return time.Time{}, false }

@@ -30,6 +30,22 @@ const (
 	stepRotated     step = "the record names the new data key"
 	stepKeyArchived step = "the old key record is archived"
 	stepWiped       step = "the keys are wiped"
+
+	stepBackedUp      step = "the header backup is durable"
+	stepBackupNoted   step = "the header backup is noted"
+	stepHeaderSaved   step = "what the header replaces is saved"
+	stepBackupKey     step = "the key record of a backup is durable"
+	stepBackupRecord  step = "the volume record of a backup is durable"
+	stepTorn          step = "both header copies are torn"
+	stepSlotsBack     step = "the key slots are restored"
+	stepSecondaryBack step = "the secondary header is restored from a backup"
+	stepHeaderBack    step = "the header is restored from a backup"
+
+	stepWipeIntent   step = "the record says wiping"
+	stepSlotsWiped   step = "the key slots are wiped"
+	stepHeaderWiped  step = "both header copies are wiped"
+	stepBlank        step = "the wiped disk is blank"
+	stepWipeArchived step = "the record of a wiped volume is archived"
 )
 
 // reached tells whoever listens that a step is done; only tests do.

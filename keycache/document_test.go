@@ -49,6 +49,14 @@ func TestRecordsDocument(t *testing.T) {
 		t.Errorf("the example of a volume record: %v", err)
 	}
 	same("volume", want, v)
+	var n BackupNote
+	want = example("backup-note", &n)
+	if err := n.validate(); err != nil {
+		t.Errorf("the example of a backup's note: %v", err)
+	}
+	same("backup-note", want, n)
+	var m Manifest
+	same("manifest", example("manifest", &m), m)
 	if v.KeyID != k.ID {
 		t.Error("the examples do not belong together")
 	}

@@ -54,6 +54,8 @@ const (
 	StateFormatting VolumeState = "formatting"
 	// StateReady is a one-way door: the volume may hold data.
 	StateReady VolumeState = "ready"
+	// StateWiping is what a person's wipe makes of it: the key slots may be gone.
+	StateWiping VolumeState = "wiping"
 )
 
 // VolumeRecord is what is known of one volume: volumes/<UUID>.json.
@@ -186,8 +188,8 @@ func (r *VolumeRecord) validate() error {
 		return errors.New("identity is empty")
 	case r.Size <= 0:
 		return fmt.Errorf("size %d is not positive", r.Size)
-	case r.State != StateFormatting && r.State != StateReady:
-		return fmt.Errorf("state %q is neither %q nor %q", r.State, StateFormatting, StateReady)
+	case r.State != StateFormatting && r.State != StateReady && r.State != StateWiping:
+		return fmt.Errorf("state %q is none of %q, %q and %q", r.State, StateFormatting, StateReady, StateWiping)
 	case r.MountPoint != "" && (!path.IsAbs(r.MountPoint) || path.Clean(r.MountPoint) != r.MountPoint || strings.Contains(r.MountPoint, "\x00")):
 		return fmt.Errorf("mount_point %q is not a clean absolute path", r.MountPoint)
 	case strings.ContainsAny(r.Mapping, "/\x00") || r.Mapping == "." || r.Mapping == "..":

@@ -199,8 +199,8 @@ func TestCorruptRecordsAreProblems(t *testing.T) {
 	}{
 		"name is not uuid": {set("uuid", "99999999-12ab-34cd-56ef-1234567890ab"), "its name is not its uuid"},
 		"key id no uuid":   {set("key_id", "x"), "is not a UUID"},
-		"state unknown":    {set("state", "READY"), "neither"},
-		"state missing":    {drop("state"), "neither"},
+		"state unknown":    {set("state", "READY"), "none of"},
+		"state missing":    {drop("state"), "none of"},
 		"size zero":        {set("size", 0), "not positive"},
 		"size negative":    {set("size", -1), "not positive"},
 		"size fraction":    {set("size", 1.5), "cannot unmarshal number"},

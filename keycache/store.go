@@ -23,6 +23,7 @@ import (
 const (
 	keysDir       = "keys"
 	volumesDir    = "volumes"
+	backupsDir    = "backups"
 	archiveDir    = "archive"
 	quarantineDir = "quarantine"
 	lockFile      = "lock"
@@ -41,6 +42,8 @@ const (
 var (
 	// ErrReady refuses to move a ready volume back to formatting.
 	ErrReady = errors.New("the volume is ready: its record cannot go back to formatting")
+	// ErrWiping refuses to bring back a volume whose keys may be gone.
+	ErrWiping = errors.New("the volume is being wiped: its record can only be archived")
 	// ErrLocked reports that another process holds the store; the error that
 	// wraps it names the process.
 	ErrLocked = errors.New("the state directory is in use")
@@ -461,7 +464,8 @@ func (s *Store) ReplaceKey(r KeyRecord, why string) error {
 
 // PutVolume stores or replaces a volume record, atomically, and reads it back.
 // It gives the record the version that its fields ask for. It refuses with a *StoreError: ErrReady
-// where a ready record would go back to formatting; a record that is there but
+// where a ready record would go back to formatting; ErrWiping where one that is
+// being wiped would get another state; a record that is there but
 // cannot be read, since it could be a ready one; and fs.ErrNotExist where the
 // key record that it names is not stored, since the intent to lock a volume
 // must not be durable before its key is.
@@ -490,6 +494,8 @@ func (s *Store) PutVolume(r VolumeRecord) error {
 		return storeError("replace", path, err)
 	case old.State == StateReady && r.State == StateFormatting:
 		return storeError("replace", path, ErrReady)
+	case old.State == StateWiping && r.State != StateWiping:
+		return storeError("replace", path, ErrWiping)
 	}
 	needed := []string{r.KeyID}
 	if r.Rotation != nil {
@@ -864,7 +870,7 @@ func lockHolder(f *os.File) string {
 func (s *Store) sweep() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	dirs := []string{s.dir, filepath.Join(s.dir, keysDir), filepath.Join(s.dir, volumesDir), filepath.Join(s.dir, archiveDir, keysDir), filepath.Join(s.dir, archiveDir, volumesDir)}
+	dirs := []string{s.dir, filepath.Join(s.dir, keysDir), filepath.Join(s.dir, volumesDir), filepath.Join(s.dir, backupsDir), filepath.Join(s.dir, archiveDir, keysDir), filepath.Join(s.dir, archiveDir, volumesDir)}
 	events, _ := os.ReadDir(filepath.Join(s.dir, quarantineDir))
 	for _, e := range events {
 		dirs = append(dirs, filepath.Join(s.dir, quarantineDir, e.Name()))

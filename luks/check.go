@@ -158,6 +158,8 @@ type checked struct {
 	token      *Token
 	slot       jsonKeyslot // of the token; zero without one
 	areaOffset int64       // of that slot
+	copySize   int64       // of one header copy, bytes
+	end        int64       // of the room for key slots, bytes
 }
 
 // A span is a part of the device, bytes.
@@ -250,6 +252,8 @@ func judge(c *headerCopy, deviceSize int64) (*Header, *checked, []string) {
 		digestID: j.digestID,
 		digest:   j.meta.Digests[j.digestID],
 		token:    j.header.Token,
+		copySize: c.size,
+		end:      j.slotsEnd,
 	}
 	if ck.token != nil {
 		id := strconv.Itoa(ck.token.Keyslot)

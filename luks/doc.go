@@ -1,5 +1,6 @@
 // Package luks is the only code that knows LUKS: it inspects, formats, opens, restores and closes volumes. It is also the only
-// code that runs cryptsetup, and it runs it only to write headers; opening happens in process.
+// code that runs cryptsetup, and it runs it only to write headers; opening happens in process, and so do [RestoreHeader] and [Wipe], where
+// the order of writes matters.
 //
 // It knows nothing of AWS, of records or of policy. It never decides whether a device may be formatted: the caller does. It
 // never keeps a secret: a [Key] is borrowed for the length of a call.

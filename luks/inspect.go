@@ -82,6 +82,7 @@ type Inspection struct {
 	Reasons          []string // why the strict check refuses the header; none and KindLUKS2 is a pass
 	PrimaryDamaged   bool     // the primary copy is damaged, the secondary passes every check; Header is the secondary's
 	SecondaryDamaged bool     // the secondary copy is damaged or older than the primary, which is used
+	PrimaryForeign   bool     // something that is not LUKS, nor zeros, stands before a valid secondary copy; one of the Reasons
 	Header           *Header  // nil where there is no valid header
 
 	device  string   // "major:minor" of a block device, else the path
@@ -326,6 +327,7 @@ func inspectHeader(r io.ReaderAt, size int64) (*Inspection, error) {
 			return nil, err
 		}
 		if overwritten {
+			i.PrimaryForeign = true
 			reasons = append(reasons, "the primary header copy is overwritten by something that is not LUKS")
 		}
 	}

@@ -106,7 +106,7 @@ func whole(path string, k Key) (*Inspection, error) {
 		return nil, err
 	}
 	if i.PrimaryDamaged || i.SecondaryDamaged {
-		return nil, &HeaderError{path, []string{"a header copy is damaged"}}
+		return nil, &HeaderError{path, []string{reasonOneCopy}}
 	}
 	return i, nil
 }

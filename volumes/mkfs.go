@@ -30,21 +30,38 @@ const (
 // a mapping under a new key: what that shows is noise, and in noise blkid finds a signature about once in 65,536 volumes (two
 // bytes make a JMicron RAID). mkfs would refuse it, and one that is left at the end would hide the filesystem from blkid for good.
 func ZeroEnds(ctx context.Context, path string) error {
-	if err := zeroEnds(ctx, path); err != nil {
+	return zeroEnds(ctx, path, headLength, tailLength)
+}
+
+// MakeBlank overwrites as much of both ends of a disk or image file with zeros as [Probe] wants to see, and returns when they are on stable
+// storage and Probe finds the disk blank: ErrNotEmpty if it does not.
+func MakeBlank(ctx context.Context, path string) error {
+	if err := zeroEnds(ctx, path, proofLength, proofLength); err != nil {
+		return err
+	}
+	content, err := Probe(ctx, path, 0)
+	if err == nil && !content.Blank {
+		err = fmt.Errorf("cannot make %s blank: %w: %s", path, ErrNotEmpty, content.Detail)
+	}
+	return err
+}
+
+func zeroEnds(ctx context.Context, path string, head, tail int64) error {
+	if err := writeZeros(ctx, path, head, tail); err != nil {
 		return fmt.Errorf("cannot clear both ends of %s: %w", path, err)
 	}
 	return nil
 }
 
-func zeroEnds(ctx context.Context, path string) error {
+func writeZeros(ctx context.Context, path string, head, tail int64) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
 	size, err := f.Seek(0, io.SeekEnd)
 	for offset := int64(0); err == nil && offset < size; {
-		if offset >= headLength && offset < size-tailLength {
-			offset = size - tailLength
+		if offset >= head && offset < size-tail {
+			offset = size - tail
 		}
 		if err = ctx.Err(); err == nil {
 			var n int

@@ -37,6 +37,8 @@ type Content struct {
 	// NoiseFrom is where the bytes other than zero begin, if they carry no signature; 0 otherwise, and where they
 	// begin at the first byte. Only Probe sets it.
 	NoiseFrom int64
+	// Noise says that there are bytes other than zero, and none of them a signature. Only Probe sets it.
+	Noise bool
 }
 
 // Probe tells whether a block device or image file is blank: blkid finds no signature, and the first and last
@@ -94,7 +96,7 @@ func probe(ctx context.Context, path string, size int64, deep depth) (Content, e
 			return fail(err)
 		}
 		if deep == provenZero && offset >= 0 {
-			return Content{Detail: fmt.Sprintf("byte %#02x at offset %d is not zero", value, offset), NoiseFrom: offset}, nil
+			return Content{Detail: fmt.Sprintf("byte %#02x at offset %d is not zero", value, offset), NoiseFrom: offset, Noise: true}, nil
 		}
 	}
 	if fstype, err := superblock(f, actual); err != nil || fstype != "" {

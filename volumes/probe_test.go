@@ -84,11 +84,11 @@ func TestProbe(t *testing.T) {
 			run(t, "", "mkswap", p)
 			writeAt(t, p, 1024+56, 0x53, 0xef) // mkswap wiped it
 		}, Content{Detail: "signatures of more than one format"}},
-		{"last byte", func(p string) { writeAt(t, p, size-1, 0x4f) }, Content{Detail: "byte 0x4f at offset 67108863 is not zero", NoiseFrom: size - 1}},
-		{"first byte of the last 16 MiB", func(p string) { writeAt(t, p, 48*mib, 1) }, Content{Detail: "byte 0x01 at offset 50331648 is not zero", NoiseFrom: 48 * mib}},
-		{"last byte of the first 16 MiB", func(p string) { writeAt(t, p, 16*mib-1, 255) }, Content{Detail: "byte 0xff at offset 16777215 is not zero", NoiseFrom: 16*mib - 1}},
-		{"both ends", func(p string) { writeAt(t, p, 5, 7); writeAt(t, p, size-1, 7) }, Content{Detail: "byte 0x07 at offset 5 is not zero", NoiseFrom: 5}},
-		{"first byte", func(p string) { writeAt(t, p, 0, 7) }, Content{Detail: "byte 0x07 at offset 0 is not zero"}},
+		{"last byte", func(p string) { writeAt(t, p, size-1, 0x4f) }, Content{Detail: "byte 0x4f at offset 67108863 is not zero", NoiseFrom: size - 1, Noise: true}},
+		{"first byte of the last 16 MiB", func(p string) { writeAt(t, p, 48*mib, 1) }, Content{Detail: "byte 0x01 at offset 50331648 is not zero", NoiseFrom: 48 * mib, Noise: true}},
+		{"last byte of the first 16 MiB", func(p string) { writeAt(t, p, 16*mib-1, 255) }, Content{Detail: "byte 0xff at offset 16777215 is not zero", NoiseFrom: 16*mib - 1, Noise: true}},
+		{"both ends", func(p string) { writeAt(t, p, 5, 7); writeAt(t, p, size-1, 7) }, Content{Detail: "byte 0x07 at offset 5 is not zero", NoiseFrom: 5, Noise: true}},
+		{"first byte", func(p string) { writeAt(t, p, 0, 7) }, Content{Detail: "byte 0x07 at offset 0 is not zero", Noise: true}},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -82,6 +82,8 @@ func exitCode(err error) int {
 		errno    syscall.Errno
 		timeline *agent.TimelineError
 		unready  *unreadyError
+		backup   *keycache.BackupError
+		place    *agent.BackupPlaceError
 	)
 	switch {
 	case err == nil:
@@ -99,7 +101,7 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr):
+	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr), errors.As(err, &place):
 		return exitUsage
 	case errors.As(err, &nothing):
 		return exitRefused
@@ -130,9 +132,11 @@ func exitCode(err error) int {
 		return exitMissing
 	case errors.Is(err, luks.ErrNoCipher), errors.Is(err, agent.ErrOldSystemd), errors.Is(err, agent.ErrNoUnit):
 		return exitMissing
+	case errors.As(err, &backup) && !errors.As(err, &errno) && !errors.Is(err, fs.ErrExist):
+		return exitRefused // the file can be read, and is not accepted
 	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
 		return exitRefused
-	case errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, agent.ErrNoKeySlot),
+	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, agent.ErrNoKeySlot), errors.Is(err, agent.ErrNoFilesystem),
 		errors.Is(err, fs.ErrNotExist), errors.Is(err, agent.ErrNothingRan), errors.As(err, &program), errors.As(err, &errno):
 		return exitDevice
 	}
@@ -153,6 +157,8 @@ func hint(err error) string {
 		mount    *systemd.MountError
 		header   *luks.HeaderError
 		timeline *agent.TimelineError
+		backup   *keycache.BackupError
+		place    *agent.BackupPlaceError
 	)
 	switch {
 	case preflightHint(err) != "":
@@ -169,6 +175,16 @@ func hint(err error) string {
 		return "Run the agent as root."
 	case errors.As(err, &config):
 		return fmt.Sprintf("Correct %s; `luks-kms-agent plan` then shows what it means, and touches nothing.", config.Path)
+	case errors.Is(err, agent.ErrNoFilesystem):
+		return "The data was overwritten, or the volume wiped. The volume is closed; what the header replaced is saved beside the backup."
+	case errors.As(err, &place):
+		return "Name a directory that is there when the volume is not, best on another machine's disk."
+	case errors.As(err, &backup) && errors.Is(err, fs.ErrExist):
+		return "Name another file; a backup is never overwritten."
+	case errors.As(err, &backup) && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EROFS)):
+		return "Name a file or directory that is there, can be used by root, and has room for 3 MiB per volume. No volume was touched."
+	case errors.As(err, &backup):
+		return "Use another backup of this volume, or take this one apart by hand (docs/records.md). No volume was touched."
 	case errors.As(err, &unknown):
 		return "Run `luks-kms-agent status` to see the volumes and their names."
 	case errors.As(err, &emr):
@@ -223,6 +239,12 @@ func refusedHint(e *agent.RefusedError) string {
 		return "Do not use the volume. Restore its LUKS header from a backup, or find out who could write to the disk; see docs/troubleshooting.md."
 	case agent.RefusedRecord:
 		return "Look at the record; put back a good copy, or move it to the archive directory beside it: a volume with our token is then adopted."
+	case agent.RefusedInUse:
+		return "Run `luks-kms-agent lock` for the volume, or unmount and close what uses the disk, and try again. Nothing was written to it."
+	case agent.RefusedBackup:
+		return "Use the backup of that volume. Nothing was written to it. For a copy of the volume or a grown disk: docs/recovery.md, \"A header is damaged\"."
+	case agent.RefusedWiping:
+		return "Run `luks-kms-agent wipe` for the volume again: it goes on where it was cut. Until then nothing touches the disk."
 	case agent.RefusedShared:
 		return "Add it to `exclude:`; or, if no other instance ever has it attached, set `multi_attach: allow`. Nothing was written to it."
 	case agent.RefusedDevice:

@@ -385,7 +385,11 @@ func details(v agent.VolumeStatus, now time.Time) []string {
 		d = append(d, fmt.Sprintf("unlocked %s ago", age(now.Sub(v.LastUnlock))))
 	}
 	if !v.HeaderBackup.IsZero() {
-		d = append(d, fmt.Sprintf("header backup %s old", age(now.Sub(v.HeaderBackup))))
+		backup := fmt.Sprintf("header backup %s old", age(now.Sub(v.HeaderBackup)))
+		if v.BackupStale {
+			backup += ", of another header"
+		}
+		d = append(d, backup)
 	}
 	return d
 }

@@ -32,6 +32,7 @@ func inCommands() []protection {
 		}, codes},
 		{"a wrong command line, configuration or name is not tried again (2)", []edit{
 			{errs, "errors.As(err, &unknown), errors.As(err, &emr):\n\t\treturn exitUsage", "errors.As(err, &unknown):\n\t\treturn exitUnavailable"},
+			{errs, "errors.As(err, &place):\n\t\treturn exitUsage", "errors.As(err, &place):\n\t\treturn exitUnavailable"},
 		}, codes},
 		{"a refused volume is told (3)", []edit{{errs, "\t\t}\n\t\treturn exitRefused\n", "\t\t}\n\t\treturn exitOK\n"}}, codes},
 		{"an unreadable record is told (3)", []edit{

@@ -57,7 +57,7 @@ func inKeycache() []protection {
 		{"a volume record has an identity", []edit{{record, `case r.Identity == "":`, "case false:"}}, corrupt},
 		{"a volume record has a size", []edit{{record, "case r.Size <= 0:", "case false:"}}, corrupt},
 		{"a volume record's state is one of two", []edit{
-			{record, "case r.State != StateFormatting && r.State != StateReady:", "case false:"},
+			{record, "case r.State != StateFormatting && r.State != StateReady && r.State != StateWiping:", "case false:"},
 		}, corrupt},
 		{"a volume record's mount point is a clean absolute path", []edit{
 			{record, `case r.MountPoint != "" &&`, "case false &&"},

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help build lint test-unit test-vm test demo bench bench-baseline bench-compare fleet fuzz soak protections update-golden install clean
+.PHONY: help build lint test-unit test-vm test demo bench bench-baseline bench-compare fleet fuzz soak protections update-golden man install clean
 
 GO      ?= go
 DESTDIR ?=
@@ -50,7 +50,7 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@echo "lint: OK"
 
 test-unit: ## unit tests: no root, no VM, no AWS
-	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd)
+	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd groff-base mandoc bash-completion zsh fish)
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
 	@{ rc=0; $(GO) test -json -count=1 -timeout 5m ./... $(TALLY) || rc=1; $(GO) test -C test/tools -json -count=1 -timeout 5m ./... || rc=1; exit $$rc; } \
 	  | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
@@ -115,21 +115,36 @@ fuzz: ## run each fuzz test for FUZZTIME (30s); ends with a table, and fails if 
 	exit $$rc
 
 CUTS ?= 50
-soak: ## cut the power CUTS (50) times at random moments, in VMs; ends with a table, and fails if anything was lost
-	@$(GO) test -v -count=1 -timeout 12h -tags 'vm soak' -parallel 2 -run '^TestSoak$$' ./test/vm -cuts $(CUTS)
+soak: ## cut the power CUTS (50) times at random moments, in VMs, and rotate and rewrap as often; ends with tables, and fails if anything was lost
+	@$(call need,cryptsetup-bin util-linux)
+	@$(GO) test -v -count=1 -timeout 1h -run '^TestKilledAtRandomMoments$$' ./agent -kills $(CUTS)
+	@$(GO) test -v -count=1 -timeout 12h -tags 'vm soak' -parallel 2 -run '^TestSoak' ./test/vm -cuts $(CUTS)
 
 protections: ## take away what protects data, one thing at a time, and see its test fail (about 20 minutes; with VM=-vm the stories too)
 	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd)
 	@$(GO) run ./test/protections $(VM) $(if $(ONLY),-only '$(ONLY)')
 
 update-golden: ## write the expected output of the command line's tests anew
-	@$(GO) test -count=1 -run '^TestScripts$$' ./cmd/luks-kms-agent -update
+	@$(GO) test -count=1 -run '^(TestScripts|TestCompletion|TestHelp|TestTables)$$' ./cmd/luks-kms-agent -update
 
-install: build ## install under DESTDIR: program, units, cloud-init drop-in, examples (enables nothing, overwrites no configuration)
+# Made by a program for this machine, also where the one that is installed is for another.
+man: ## write the man pages and shell completions to build/
+	@rm -rf build/man build/completions && mkdir -p build/completions
+	@GOOS= GOARCH= CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)' -o build/for-man ./cmd/luks-kms-agent
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) build/for-man man build/man
+	@for shell in bash zsh fish; do build/for-man completion $$shell >build/completions/$$shell; done
+
+ZSH_COMPLETIONS ?= /usr/share/zsh/vendor-completions
+install: build man ## install under DESTDIR: program, units, man pages, completions, cloud-init drop-in, examples (enables nothing, overwrites no configuration)
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent
 	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system systemd/luks-kms-agent.service systemd/luks-kms-agent.target
 	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json
+	@install -D -m 0644 -t $(DESTDIR)/usr/share/man/man8 build/man/*.8
+	@gzip -9nf $(addprefix $(DESTDIR)/usr/share/man/man8/,luks-kms-agent.8 luks-kms-agent-*.8)
+	@install -D -m 0644 build/completions/bash $(DESTDIR)/usr/share/bash-completion/completions/luks-kms-agent
+	@install -D -m 0644 build/completions/zsh $(DESTDIR)$(ZSH_COMPLETIONS)/_luks-kms-agent
+	@install -D -m 0644 build/completions/fish $(DESTDIR)/usr/share/fish/vendor_completions.d/luks-kms-agent.fish
 	@install -d -m 0755 $(DESTDIR)/etc/luks-kms-agent
 
 clean: ## remove what the targets left here (the cache of images and tools stays in ~/.cache/luks-kms-agent)

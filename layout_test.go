@@ -37,7 +37,7 @@ var owners = map[string]string{
 	"github.com/anatol/":           "luks",
 	"github.com/coreos/go-systemd": "systemd",
 	"github.com/godbus/":           "systemd",
-	"github.com/spf13/cobra":       "cmd",
+	"github.com/spf13/":            "cmd",
 }
 
 // Packages for tests, which are not to be linked into the program.
@@ -217,7 +217,7 @@ func TestTroubleshootingQuotesRealMessages(t *testing.T) {
 	}
 	// Put together from verb and object, or the kernel's own.
 	elsewhere := []string{
-		"cannot generate a data key under ", "cannot decrypt the wrapped key under ", "no space left on device",
+		"cannot generate a data key under ", "cannot decrypt the wrapped key under ", "cannot wrap the data key anew under ", "no space left on device",
 		"read-only file system", "cannot use ", " is recorded ready, but the disk is blank", "the state directory is in use by process ",
 		": failed", "cannot unmount ", " lies on ", ": job of ", "(allowed: ", "cannot reach KMS at ",
 	}

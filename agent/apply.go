@@ -251,13 +251,15 @@ func (a *applier) finish(ctx context.Context, v *keycache.VolumeRecord) error {
 	return nil
 }
 
-func (a *applier) putVolume(v *keycache.VolumeRecord) error {
-	now := a.now().UTC().Truncate(time.Second)
+func (a *applier) putVolume(v *keycache.VolumeRecord) error { return a.Node.putVolume(a.store, v) }
+
+func (n *Node) putVolume(store *keycache.Store, v *keycache.VolumeRecord) error {
+	now := n.now().UTC().Truncate(time.Second)
 	if v.Created.IsZero() {
 		v.Created = now
 	}
 	v.Changed = now
-	return a.store.PutVolume(*v)
+	return store.PutVolume(*v)
 }
 
 // stillMayFormat looks again, now that nobody else has the disk: what was planned
@@ -335,8 +337,7 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 	if a.mapReady != nil {
 		return a.mapReady
 	}
-	keyRecord := a.records.Keys[act.Volume.KeyID]
-	key, err := a.keys.get(keyRecord)
+	key, err := a.opener(act.Volume, act.Device.Header)
 	if err != nil {
 		return err
 	}
@@ -353,6 +354,19 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 		}
 	}
 	return a.mount(ctx, *act, v.Mapping)
+}
+
+// opener gives the data key that opens a ready volume. While the key is being replaced that
+// is the new one or the old one, whatever a cut left.
+func (a *applier) opener(v keycache.VolumeRecord, header *luks.Inspection) (*keycache.Key, error) {
+	if v.Rotation != nil {
+		if rec, ok := a.records.Keys[v.Rotation.KeyID]; ok && header.Header.Token.Keyslot == v.Rotation.KeySlot {
+			if key, err := a.keys.get(rec); err == nil && header.Verify(key) == nil {
+				return key, nil
+			}
+		}
+	}
+	return a.keys.get(a.records.Keys[v.KeyID])
 }
 
 // open maps a volume that was inspected, if it still is on the disk that was seen.
@@ -479,19 +493,19 @@ func (a *applier) keyFor(ctx context.Context, act Action) (*keycache.Key, keycac
 		a.newKeys[scope] = k
 	}
 	a.mu.Unlock()
-	k.once.Do(func() { k.key, k.rec, k.err = a.makeKey(ctx) })
+	k.once.Do(func() { k.key, k.rec, k.err = a.makeKey(ctx, a.store, a.keys) })
 	return k.key, k.rec, k.err
 }
 
 // makeKey makes a data key. What it returns is the key that KMS gave back for the
 // record that is durable on the boot volume: the one a reboot will have.
-func (a *applier) makeKey(ctx context.Context) (*keycache.Key, keycache.KeyRecord, error) {
+func (n *Node) makeKey(ctx context.Context, store *keycache.Store, keys *keyring) (*keycache.Key, keycache.KeyRecord, error) {
 	checked := make(chan error, 1)
 	go func() {
-		_, err := a.cloud.CheckKey(ctx)
+		_, err := n.cloud.CheckKey(ctx)
 		checked <- err
 	}()
-	made, rec, err := a.cloud.Generate(ctx)
+	made, rec, err := n.cloud.Generate(ctx)
 	if made != nil {
 		defer made.Wipe()
 	}
@@ -502,19 +516,19 @@ func (a *applier) makeKey(ctx context.Context) (*keycache.Key, keycache.KeyRecor
 	if err != nil {
 		return nil, rec, err
 	}
-	a.reached(stepKeyMade)
-	if err := a.store.PutKey(rec); err != nil {
+	n.reached(stepKeyMade)
+	if err := store.PutKey(rec); err != nil {
 		return nil, rec, err
 	}
-	a.reached(stepKeyRecorded)
-	proven, err := a.keys.get(rec)
+	n.reached(stepKeyRecorded)
+	proven, err := keys.get(rec)
 	if err != nil {
 		return nil, rec, fmt.Errorf("cannot prove the new data key before it locks a disk: %w", err)
 	}
 	if !proven.Equal(made) {
 		return nil, rec, fmt.Errorf("cannot use the new data key %s: %w", rec.ID, keycache.ErrOtherKey)
 	}
-	a.reached(stepKeyProven)
+	n.reached(stepKeyProven)
 	return proven, rec, nil
 }
 

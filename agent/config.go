@@ -21,6 +21,9 @@ import (
 // DefaultConfigPath is where the agent looks for its configuration.
 const DefaultConfigPath = "/etc/luks-kms-agent/config.yaml"
 
+// DefaultStateDir is where the records are, unless the configuration says otherwise.
+const DefaultStateDir = "/var/lib/luks-kms-agent"
+
 // KeyScope says how many volumes share a data key.
 type KeyScope string
 
@@ -150,7 +153,7 @@ func defaultConfig(path string) Config {
 		RetryLimit:    10 * time.Minute,
 		CallTimeout:   10 * time.Second,
 		Workqueues:    "auto",
-		StateDir:      "/var/lib/luks-kms-agent",
+		StateDir:      DefaultStateDir,
 		DeviceWait:    30 * time.Second,
 		MultiAttach:   MultiAttachRefuse,
 	}

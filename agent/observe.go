@@ -174,12 +174,13 @@ func newKeyring(ctx context.Context, c cloud) *keyring {
 // not open yet.
 func (k *keyring) expect(r keycache.Records, instanceID string, isOpen func(mapping string) bool) {
 	for _, v := range r.Volumes {
-		rec, ok := r.Keys[v.KeyID]
-		if !ok || v.State != keycache.StateReady || v.InstanceID != instanceID || rec.InstanceID != instanceID {
+		if v.State != keycache.StateReady || v.InstanceID != instanceID || isOpen(v.Mapping) {
 			continue
 		}
-		if !isOpen(v.Mapping) {
-			k.start(rec)
+		for _, id := range keyIDs(v) {
+			if rec, ok := r.Keys[id]; ok && rec.InstanceID == instanceID {
+				k.start(rec)
+			}
 		}
 	}
 }

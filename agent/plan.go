@@ -339,6 +339,9 @@ func (d *decision) ready(a Action, rec keycache.VolumeRecord) Action {
 			return refuse(RefusedRecord, "%s", p)
 		}
 		a.Verb, a.Reason = Unlock, "recorded ready"
+		if rec.Rotation != nil {
+			a.Reason += "; its data key is being replaced: `rotate` goes on with that"
+		}
 		if h.PrimaryDamaged {
 			a.Reason += "; the primary LUKS header is damaged, the secondary passes every check and restores it"
 		}
@@ -642,7 +645,9 @@ func automaticName(n int) string {
 func (d *decision) assignKeys() {
 	used := map[string]bool{}
 	for _, v := range d.Records.Volumes {
-		used[v.KeyID] = true
+		for _, id := range keyIDs(v) {
+			used[id] = true
+		}
 	}
 	var candidates []string
 	for _, id := range sortedKeys(d.Records.Keys) {
@@ -651,9 +656,19 @@ func (d *decision) assignKeys() {
 			candidates = append(candidates, id)
 		}
 	}
-	// The oldest first: the key that the node's other volumes have.
+	// First the key that the node's other volumes have: not one that was replaced or adopted, which has no request id. Of several the
+	// newest, as volumes that were away when it was made have the one before.
+	rank := func(id string) int {
+		switch {
+		case !used[id]:
+			return 2
+		case d.Records.Keys[id].RequestID == "":
+			return 1
+		}
+		return 0
+	}
 	slices.SortStableFunc(candidates, func(a, b string) int {
-		return d.Records.Keys[a].Created.Compare(d.Records.Keys[b].Created)
+		return cmp.Or(cmp.Compare(rank(a), rank(b)), d.Records.Keys[b].Created.Compare(d.Records.Keys[a].Created))
 	})
 	for i := range d.plan.Actions {
 		a := &d.plan.Actions[i]
@@ -665,6 +680,14 @@ func (d *decision) assignKeys() {
 			candidates = candidates[1:]
 		}
 	}
+}
+
+// keyIDs are the key records that may open a volume.
+func keyIDs(v keycache.VolumeRecord) []string {
+	if v.Rotation == nil {
+		return []string{v.KeyID}
+	}
+	return []string{v.KeyID, v.Rotation.KeyID}
 }
 
 // sameKMSKey says whether a record's ARN may be that of the configured key. An

@@ -120,6 +120,10 @@ func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyri
 // rewrapToken makes the token of a volume say what its key record says.
 func (n *Node) rewrapToken(ctx context.Context, t target, rec keycache.KeyRecord, key *keycache.Key) Rewrapped {
 	r := Rewrapped{Key: rec, Volume: t.Volume, Device: t.Device.Path}
+	if t.Volume.Rotation != nil {
+		r.Err = fmt.Errorf("cannot rewrap the token of volume %s: %w", t.Volume.UUID, ErrRotating)
+		return r
+	}
 	header, err := n.inspectTarget(t)
 	if err != nil {
 		r.Err = err

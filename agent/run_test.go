@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -223,8 +224,11 @@ func (m *machine) Announce(name string) error { return m.fail("announce", name) 
 
 func (m *machine) Path(name string) string { return filepath.Join(m.dir, "mapper", name) }
 
+// volumeKeyDigest is in a header what tells one volume key from another: every format makes a new one, and no change of key slots does.
+var volumeKeyDigest = regexp.MustCompile(`"digest":"[^"]*"`)
+
 // Open really verifies; what it then shows is a file that belongs to this very
-// key slot, so that a volume that was formatted again is another volume.
+// volume key, so that a volume that was formatted again is another volume.
 func (m *machine) Open(_ context.Context, i *luks.Inspection, k luks.Key, o luks.OpenOptions) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -237,16 +241,20 @@ func (m *machine) Open(_ context.Context, i *luks.Inspection, k luks.Key, o luks
 	if m.open[o.Name] != "" {
 		return fmt.Errorf("cannot map %s: it exists", o.Name)
 	}
-	slot := make([]byte, 4<<10) // the key slot's material is made anew by every format
+	head := make([]byte, 32<<10)
 	f, err := os.Open(i.Path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if _, err := f.ReadAt(slot, 32<<10); err != nil {
+	if _, err := f.ReadAt(head, 0); err != nil {
 		return err
 	}
-	plain := fmt.Sprintf("%s.%x", i.Path, sha256.Sum256(slot))
+	digest := volumeKeyDigest.Find(head)
+	if digest == nil {
+		return fmt.Errorf("cannot find the digest in the header of %s", i.Path)
+	}
+	plain := fmt.Sprintf("%s.%x", i.Path, sha256.Sum256(digest))
 	if _, err := os.Stat(plain); errors.Is(err, fs.ErrNotExist) {
 		if err := m.noise(plain); err != nil {
 			return err

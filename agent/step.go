@@ -23,6 +23,12 @@ const (
 	stepRestored    step = "the primary header is restored"
 	stepRewrapped   step = "the key record is rewrapped"
 	stepReplaced    step = "the token is replaced"
+	stepRotating    step = "the record says which key slot will be the data key's"
+	stepSlotAdded   step = "the new key slot is added"
+	stepTokenMoved  step = "the token names the new key slot"
+	stepSlotRemoved step = "the old key slot is removed"
+	stepRotated     step = "the record names the new data key"
+	stepKeyArchived step = "the old key record is archived"
 	stepWiped       step = "the keys are wiped"
 )
 

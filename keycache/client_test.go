@@ -224,7 +224,7 @@ func TestReEncryptRefusals(t *testing.T) {
 	expect(t, err, ReasonWrongRegion, "")
 	n.kms.Deny("ReEncrypt")
 	_, err = n.ReEncrypt(t.Context(), r)
-	if e := expect(t, err, ReasonDenied, "AccessDeniedException"); !strings.Contains(e.Error(), "cannot wrap the data key under "+n.kms.ARN()) {
+	if e := expect(t, err, ReasonDenied, "AccessDeniedException"); !strings.Contains(e.Error(), "cannot wrap the data key anew under "+n.kms.ARN()) {
 		t.Error(e)
 	}
 }

@@ -83,7 +83,7 @@ func (e *Error) Error() string {
 	case "Decrypt":
 		what = "decrypt the wrapped key under"
 	case "ReEncrypt":
-		what = "wrap the data key under"
+		what = "wrap the data key anew under"
 	default:
 		what = "call " + e.Op
 	}

@@ -15,9 +15,11 @@ import (
 	"github.com/google/uuid"
 )
 
-// RecordVersion is the version of the records that this package writes and the
-// only one that it reads.
+// RecordVersion is the version of the records that this package writes and reads,
+// but for a volume record with a Rotation: that has rotationVersion.
 const RecordVersion = 1
+
+const rotationVersion = 2
 
 // maxWrapped is the longest ciphertext that KMS Decrypt takes, in bytes
 // (API reference of Decrypt, CiphertextBlob).
@@ -69,6 +71,53 @@ type VolumeRecord struct {
 	InstanceID string      `json:"instance_id"`
 	Created    time.Time   `json:"created"` // UTC
 	Changed    time.Time   `json:"changed"` // UTC
+	// Rotation is there while the data key is being replaced.
+	Rotation *Rotation `json:"rotation,omitempty"`
+}
+
+// Rotation is the intent to replace the data key of a volume. While it stands, the
+// volume is opened by KeyID of its record, by that of the rotation, or by both.
+type Rotation struct {
+	KeyID      string `json:"key_id"`       // KeyRecord.ID of the data key to come
+	KeySlot    int    `json:"key_slot"`     // of LUKS, that it is given
+	OldKeySlot int    `json:"old_key_slot"` // that is removed once the volume has the new one
+}
+
+// UnmarshalJSON reads a rotation as strictly as the record that it is in.
+func (r *Rotation) UnmarshalJSON(data []byte) error {
+	type plain Rotation
+	if err := checkNames(json.NewDecoder(bytes.NewReader(data)), fieldNames(r)); err != nil {
+		return fmt.Errorf("rotation: %w", err)
+	}
+	return json.Unmarshal(data, (*plain)(r))
+}
+
+// keySlots is how many LUKS2 key slots there can be (LUKS2_KEYSLOTS_MAX in cryptsetup's lib/luks2/luks2.h).
+const keySlots = 32
+
+func (r *Rotation) validate(of *VolumeRecord) error {
+	switch {
+	case !isUUID(r.KeyID) || r.KeyID == of.KeyID:
+		return fmt.Errorf("rotation: key_id %q is not the UUID of another data key", r.KeyID)
+	case r.KeySlot < 0 || r.KeySlot >= keySlots || r.OldKeySlot < 0 || r.OldKeySlot >= keySlots || r.KeySlot == r.OldKeySlot:
+		return fmt.Errorf("rotation: key slots %d and %d are not two of 0 to %d", r.KeySlot, r.OldKeySlot, keySlots-1)
+	case of.State != StateReady:
+		return fmt.Errorf("rotation: the state is %q", of.State)
+	}
+	return nil
+}
+
+// needs says whether the record needs a data key.
+func (r *VolumeRecord) needs(keyID string) bool {
+	return r.KeyID == keyID || r.Rotation != nil && r.Rotation.KeyID == keyID
+}
+
+// version is the one that the record's fields ask for.
+func (r *VolumeRecord) version() int {
+	if r.Rotation != nil {
+		return rotationVersion
+	}
+	return RecordVersion
 }
 
 // RecordError is a file in keys/ or volumes/ that cannot be trusted. The file
@@ -104,7 +153,7 @@ func (r *KeyRecord) validate() error {
 	}
 	switch {
 	case r.Version != RecordVersion:
-		return versionError(r.Version)
+		return versionError(r.Version, r)
 	case !isUUID(r.ID):
 		return fmt.Errorf("id %q is not a UUID", r.ID)
 	case region == "":
@@ -125,8 +174,8 @@ func (r *KeyRecord) validate() error {
 // PutVolume.
 func (r *VolumeRecord) validate() error {
 	switch {
-	case r.Version != RecordVersion:
-		return versionError(r.Version)
+	case r.Version != r.version():
+		return fmt.Errorf("version %d does not go with its fields: %d does", r.Version, r.version())
 	case !isUUID(r.UUID):
 		return fmt.Errorf("uuid %q is not a UUID", r.UUID)
 	case !isUUID(r.KeyID):
@@ -146,6 +195,11 @@ func (r *VolumeRecord) validate() error {
 	case r.InstanceID == "":
 		return errors.New("instance_id is empty")
 	}
+	if r.Rotation != nil {
+		if err := r.Rotation.validate(r); err != nil {
+			return err
+		}
+	}
 	return errors.Join(checkTime("created", r.Created), checkTime("changed", r.Changed))
 }
 
@@ -161,8 +215,16 @@ func checkTime(field string, t time.Time) error {
 	return nil
 }
 
-func versionError(v int) error {
-	return fmt.Errorf("version %d is not supported, only %d is", v, RecordVersion)
+// newest is the highest version of a record that is understood.
+func newest(record any) int {
+	if _, ok := record.(*VolumeRecord); ok {
+		return rotationVersion
+	}
+	return RecordVersion
+}
+
+func versionError(v int, record any) error {
+	return fmt.Errorf("version %d is not supported, only up to %d is", v, newest(record))
 }
 
 // isUUID accepts only the canonical lower-case form: it becomes a file name,
@@ -200,8 +262,8 @@ func decode(data []byte, into any) error {
 	if v.Version == nil {
 		return errors.New("version is missing")
 	}
-	if *v.Version != RecordVersion {
-		return versionError(*v.Version)
+	if *v.Version < RecordVersion || *v.Version > newest(into) {
+		return versionError(*v.Version, into)
 	}
 	if err := checkNames(json.NewDecoder(bytes.NewReader(data)), fieldNames(into)); err != nil {
 		return err

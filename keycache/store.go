@@ -441,16 +441,7 @@ func (s *Store) ReplaceKey(r KeyRecord, why string) error {
 	if _, err := s.readKey(path, r.ID); err != nil {
 		return storeError("replace", path, err)
 	}
-	archive := filepath.Join(s.dir, archiveDir, keysDir)
-	if err := s.makeDir(archive); err != nil {
-		return err
-	}
-	at := s.now().UTC()
-	base := filepath.Join(archive, r.ID+"."+at.Format(timeName))
-	if err := s.putWhy(base+".why.json", why, at); err != nil {
-		return err
-	}
-	if err := s.linkTo(path, base+".json"); err != nil {
+	if err := s.archiveKey(path, r.ID, why); err != nil {
 		return err
 	}
 	if err := s.put(path, data, os.Rename); err != nil {
@@ -463,15 +454,15 @@ func (s *Store) ReplaceKey(r KeyRecord, why string) error {
 }
 
 // PutVolume stores or replaces a volume record, atomically, and reads it back.
-// Version 0 is taken as RecordVersion. It refuses with a *StoreError: ErrReady
+// It gives the record the version that its fields ask for. It refuses with a *StoreError: ErrReady
 // where a ready record would go back to formatting; a record that is there but
 // cannot be read, since it could be a ready one; and fs.ErrNotExist where the
 // key record that it names is not stored, since the intent to lock a volume
 // must not be durable before its key is.
 func (s *Store) PutVolume(r VolumeRecord) error {
 	path := s.volumePath(r.UUID)
-	if r.Version == 0 {
-		r.Version = RecordVersion
+	if r.Version >= 0 && r.Version <= rotationVersion {
+		r.Version = r.version()
 	}
 	r.Created, r.Changed = r.Created.UTC(), r.Changed.UTC()
 	if err := r.validate(); err != nil {
@@ -494,8 +485,14 @@ func (s *Store) PutVolume(r VolumeRecord) error {
 	case old.State == StateReady && r.State == StateFormatting:
 		return storeError("replace", path, ErrReady)
 	}
-	if _, err := s.readKey(s.keyPath(r.KeyID), r.KeyID); err != nil {
-		return storeError("write", path, fmt.Errorf("its key record %s: %w", r.KeyID, err))
+	needed := []string{r.KeyID}
+	if r.Rotation != nil {
+		needed = append(needed, r.Rotation.KeyID)
+	}
+	for _, id := range needed {
+		if _, err := s.readKey(s.keyPath(id), id); err != nil {
+			return storeError("write", path, fmt.Errorf("its key record %s: %w", id, err))
+		}
 	}
 	if err := s.put(path, data, os.Rename); err != nil {
 		return err
@@ -529,6 +526,52 @@ func (s *Store) ArchiveVolume(uuid, why string) error {
 		return err
 	}
 	return s.unlink(path)
+}
+
+// ArchiveKey moves a key record that no volume needs any more to
+// archive/keys/<id>.<time>.json, with why and when beside it. A cut leaves it
+// where it was or in both places. It is a *StoreError if a volume record needs it or
+// cannot be read, as it could need it, and with fs.ErrNotExist if it is not there.
+func (s *Store) ArchiveKey(id, why string) error {
+	path := s.keyPath(id)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.writable(); err != nil {
+		return err
+	}
+	if err := s.movable(path, id); err != nil {
+		return err
+	}
+	if err := s.checkUnused([]string{id}, nil); err != nil {
+		return err
+	}
+	var unknown error
+	err := s.each(volumesDir, func(file, id string) {
+		if _, err := s.readVolume(file, id); err != nil {
+			unknown = storeError("move", path, fmt.Errorf("volume record %s, which may need it, cannot be read: %w", file, err))
+		}
+	})
+	if err := errors.Join(err, unknown); err != nil {
+		return err
+	}
+	if err := s.archiveKey(path, id, why); err != nil {
+		return err
+	}
+	return s.unlink(path)
+}
+
+// archiveKey gives a key record a second name in the archive, with why and when beside it.
+func (s *Store) archiveKey(path, id, why string) error {
+	archive := filepath.Join(s.dir, archiveDir, keysDir)
+	if err := s.makeDir(archive); err != nil {
+		return err
+	}
+	at := s.now().UTC()
+	base := filepath.Join(archive, id+"."+at.Format(timeName))
+	if err := s.putWhy(base+".why.json", why, at); err != nil {
+		return err
+	}
+	return s.linkTo(path, base+".json")
 }
 
 // Quarantine moves records, readable or not, to quarantine/<time>/keys and
@@ -595,8 +638,8 @@ func (s *Store) checkUnused(keys, volumes []string) error {
 	var stranded error
 	err := s.each(volumesDir, func(path, id string) {
 		v, err := s.readVolume(path, id)
-		if err == nil && slices.Contains(keys, v.KeyID) && !slices.Contains(volumes, id) {
-			stranded = storeError("move", s.keyPath(v.KeyID), fmt.Errorf("volume record %s needs it", id))
+		if i := slices.IndexFunc(keys, v.needs); err == nil && i >= 0 && !slices.Contains(volumes, id) {
+			stranded = storeError("move", s.keyPath(keys[i]), fmt.Errorf("volume record %s needs it", id))
 		}
 	})
 	return errors.Join(err, stranded)

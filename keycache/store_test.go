@@ -188,13 +188,13 @@ func TestReadyIsAOneWayDoor(t *testing.T) {
 		t.Errorf("got %+v", got)
 	}
 	// A record that cannot be read may be a ready one.
-	if err := os.WriteFile(s.volumePath(v.UUID), []byte(`{"version": 2, "state": "ready"}`), 0o600); err != nil {
+	if err := os.WriteFile(s.volumePath(v.UUID), []byte(`{"version": 3, "state": "ready"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	before := tree(t, s.dir)
 	for _, state := range []VolumeState{StateFormatting, StateReady} {
 		v.State = state
-		if err := s.PutVolume(v); err == nil || !strings.Contains(err.Error(), "version 2") {
+		if err := s.PutVolume(v); err == nil || !strings.Contains(err.Error(), "version 3") {
 			t.Errorf("PutVolume %s over an unreadable record: %v", state, err)
 		}
 	}
@@ -228,7 +228,7 @@ func TestInvalidRecordsAreNotWritten(t *testing.T) {
 	badKey.WrappedKey = nil
 	strayKey.ID, badVolume.UUID = "../x", "../x"
 	future := goodVolume(k)
-	future.Version = 2
+	future.Version = 3
 	for name, err := range map[string]error{
 		"empty wrapped key": s.PutKey(badKey), "path as id": s.PutKey(strayKey), "path as uuid": s.PutVolume(badVolume), "future": s.PutVolume(future),
 		"archive path": s.ArchiveVolume("../keys/"+k.ID, "x"), "quarantine path": s.Quarantine([]string{"../lock"}, nil, "x"),

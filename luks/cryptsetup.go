@@ -44,14 +44,21 @@ var exitCodes = map[int]error{
 //
 // Its text is quoted in errors for people, never parsed.
 func cryptsetup(ctx context.Context, stdin []byte, args ...string) error {
-	_, err := runCryptsetup(ctx, stdin, args...)
-	if err != nil {
+	return cryptsetupWith(ctx, stdin, nil, args...)
+}
+
+// cryptsetupWith is cryptsetup with a second secret, which the program finds in a pipe of its own, named secondSecret.
+func cryptsetupWith(ctx context.Context, stdin, second []byte, args ...string) error {
+	if _, err := runCryptsetup(ctx, stdin, second, args...); err != nil {
 		return fmt.Errorf("cannot run cryptsetup %s: %w", args[0], err)
 	}
 	return nil
 }
 
-func runCryptsetup(ctx context.Context, stdin []byte, args ...string) (string, error) {
+// secondSecret is the first of the files that exec.Cmd hands on besides the standard three.
+const secondSecret = "/proc/self/fd/3"
+
+func runCryptsetup(ctx context.Context, stdin, second []byte, args ...string) (_ string, err error) {
 	program, err := findProgram("cryptsetup")
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", ErrNoCryptsetup, err)
@@ -61,6 +68,14 @@ func runCryptsetup(ctx context.Context, stdin []byte, args ...string) (string, e
 	cmd.Env = []string{"LC_ALL=C", "PATH=" + searchPath()}
 	// A bytes.Reader writes itself into the pipe: the passphrase is not copied in our memory. Nil would be /dev/null.
 	cmd.Stdin = bytes.NewReader(stdin)
+	if second != nil {
+		pipe, err := filledPipe(second)
+		if err != nil {
+			return "", err
+		}
+		defer pipe.Close()
+		cmd.ExtraFiles = []*os.File{pipe}
+	}
 	var stdout, stderr limited
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	// A child of it that kept the pipes must not hold us for ever. Not shorter: with 24 volumes on a busy machine some of our own
@@ -99,7 +114,7 @@ func CheckCryptsetup(ctx context.Context) error {
 // against it.
 func CryptsetupVersion(ctx context.Context) (string, error) {
 	// In newer releases followed by "flags: …".
-	text, err := runCryptsetup(ctx, nil, "--version")
+	text, err := runCryptsetup(ctx, nil, nil, "--version")
 	if err != nil {
 		return "", fmt.Errorf("cannot run cryptsetup --version: %w", err)
 	}
@@ -160,10 +175,43 @@ func importOverToken(ctx context.Context, path string, id int, text []byte) erro
 // itself: which release learnt it is in no release notes.
 func CheckReplacesTokens(ctx context.Context) error {
 	// --test-args reads the command line and ends.
-	if _, err := runCryptsetup(ctx, nil, "--test-args", "token", "import", "--token-id", "0", "--token-replace", "/dev/null"); err != nil {
+	if _, err := runCryptsetup(ctx, nil, nil, "--test-args", "token", "import", "--token-id", "0", "--token-replace", "/dev/null"); err != nil {
 		return fmt.Errorf("%w: it cannot replace a token: %w", ErrNoCryptsetup, err)
 	}
 	return nil
+}
+
+// luksAddKey writes a key slot that another passphrase opens, next to that of the data key k. The flags are those of luksFormat, for
+// the same reasons.
+func luksAddKey(ctx context.Context, path string, slot int, k Key, passphrase []byte) error {
+	return cryptsetupWith(ctx, k.Passphrase(), passphrase, "luksAddKey",
+		"--batch-mode",
+		"--type", "luks2",
+		"--hash", "sha256",
+		"--pbkdf", "pbkdf2",
+		"--pbkdf-force-iterations", fmt.Sprint(minIterations),
+		"--key-slot", fmt.Sprint(slot), // of the new one; fails if it is taken
+		"--key-file=-", // what opens the volume now
+		"--", path, secondSecret)
+}
+
+// luksKillSlot removes a key slot, if the data key k opens another.
+func luksKillSlot(ctx context.Context, path string, slot int, k Key) error {
+	return cryptsetup(ctx, k.Passphrase(), "luksKillSlot",
+		"--type", "luks2",
+		"--key-file=-", // with a key file, and without --batch-mode, it proves that another slot stays that can be opened
+		"--", path, fmt.Sprint(slot))
+}
+
+// testPassphrase reports whether a passphrase opens one key slot, by [ErrWrongKey] if not.
+func testPassphrase(ctx context.Context, path string, slot int, passphrase []byte) error {
+	return cryptsetup(ctx, passphrase, "open",
+		"--batch-mode",
+		"--type", "luks2",
+		"--test-passphrase", // maps nothing
+		"--key-slot", fmt.Sprint(slot),
+		"--key-file=-",
+		"--", path)
 }
 
 // repair lets cryptsetup write the primary copy again from the secondary. By itself it refuses where it finds another signature
@@ -173,6 +221,20 @@ func repair(ctx context.Context, path string) error {
 		"--batch-mode", // no question; it reads the secondary that Inspect accepted
 		"--type", "luks2",
 		"--", path)
+}
+
+// filledPipe is a pipe that holds a secret and ends after it. The secret is shorter than any pipe, so this does not wait for a reader.
+func filledPipe(secret []byte) (*os.File, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer w.Close()
+	if _, err := w.Write(secret); err != nil {
+		r.Close()
+		return nil, err
+	}
+	return r, nil
 }
 
 // findProgram looks in PATH and then in the system's directories. A relative directory in PATH is skipped.

@@ -16,31 +16,43 @@ import (
 // Errors: *[HeaderError] (the header does not pass, has a damaged copy, or is not what it has to be afterwards), [ErrWrongKey],
 // [ErrNoCryptsetup].
 func ReplaceToken(ctx context.Context, path, keyARN string, wrapped []byte, k Key) error {
-	if err := replaceToken(ctx, path, keyARN, wrapped, k); err != nil {
+	err := replaceToken(ctx, path, k, k, func(t *Token) { t.KeyARN, t.WrappedKey = keyARN, wrapped })
+	if err != nil {
 		return fmt.Errorf("cannot replace the token of %s: %w", path, err)
 	}
 	return nil
 }
 
-func replaceToken(ctx context.Context, path, keyARN string, wrapped []byte, k Key) error {
-	if err := errors.Join(checkARN(keyARN), checkWrapped(wrapped)); err != nil {
-		return fmt.Errorf("the token would be refused: %w", err)
+// MoveToken makes the token of a volume that k opens name another data key, next, and the key slot that next opens, which it proves
+// first. Everything else is as for [ReplaceToken].
+func MoveToken(ctx context.Context, path, keyARN string, wrapped []byte, slot int, k, next Key) error {
+	err := testPassphrase(ctx, path, slot, next.Passphrase())
+	if err == nil {
+		err = replaceToken(ctx, path, k, next, func(t *Token) { t.KeyARN, t.WrappedKey, t.Keyslot = keyARN, wrapped, slot })
 	}
-	before, err := inspectPath(path)
+	if err != nil {
+		return fmt.Errorf("cannot move the token of %s to key slot %d: %w", path, slot, err)
+	}
+	return nil
+}
+
+// replaceToken changes the token of a volume that k opens to one that next opens.
+func replaceToken(ctx context.Context, path string, k, next Key, change func(*Token)) error {
+	before, err := whole(path, k)
 	if err != nil {
 		return err
 	}
-	if err := before.verify(k); err != nil {
-		return err
+	was, token := before.Header.Token, *before.Header.Token
+	change(&token)
+	if err := errors.Join(checkARN(token.KeyARN), checkWrapped(token.WrappedKey), checkKey(next)); err != nil {
+		return fmt.Errorf("the token would be refused: %w", err)
 	}
-	if before.PrimaryDamaged || before.SecondaryDamaged {
-		return &HeaderError{path, []string{"a header copy is damaged"}}
-	}
-	token := *before.Header.Token
-	if token.KeyARN == keyARN && bytes.Equal(token.WrappedKey, wrapped) {
+	if token.KeyARN == was.KeyARN && bytes.Equal(token.WrappedKey, was.WrappedKey) && token.Keyslot == was.Keyslot {
 		return nil
 	}
-	token.KeyARN, token.WrappedKey = keyARN, wrapped
+	if token.MAC, err = before.checked.mac(next, token.Version); err != nil {
+		return err
+	}
 	text, err := token.encode()
 	if err != nil {
 		return err
@@ -55,19 +67,35 @@ func replaceToken(ctx context.Context, path, keyARN string, wrapped []byte, k Ke
 		return err
 	}
 
-	after, err := inspectPath(path)
+	after, err := whole(path, next)
 	if err != nil {
-		return err
-	}
-	if err := after.verify(k); err != nil {
 		return err
 	}
 	want := *before
 	header, checked := *before.Header, *before.checked
 	header.Token, header.SeqID, checked.token = &token, after.Header.SeqID, &token
+	if token.Keyslot != was.Keyslot {
+		// Another slot is the token's now, and next opens it.
+		checked.slot, checked.areaOffset, want.area = after.checked.slot, after.checked.areaOffset, after.area
+	}
 	want.Header, want.checked = &header, &checked
-	if after.PrimaryDamaged || after.SecondaryDamaged || !equalHeaders(&want, after) {
+	if !equalHeaders(&want, after) {
 		return &HeaderError{path, []string{reasonOther}}
 	}
 	return flush(path)
+}
+
+// whole inspects a header that k has to open and of which no copy may be damaged.
+func whole(path string, k Key) (*Inspection, error) {
+	i, err := inspectPath(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := i.verify(k); err != nil {
+		return nil, err
+	}
+	if i.PrimaryDamaged || i.SecondaryDamaged {
+		return nil, &HeaderError{path, []string{"a header copy is damaged"}}
+	}
+	return i, nil
 }

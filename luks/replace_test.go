@@ -100,7 +100,7 @@ func TestReplaceTokenChecksTheResult(t *testing.T) {
 		"nothing":             {instead("cat >/dev/null"), "not the header that was asked for"},
 		"another wrapped key": {instead(`sed 's/"wrapped_key":"[^"]*"/"wrapped_key":"AAAA"/' | "$REAL" "$@"`), "not the header that was asked for"},
 		"another MAC":         {instead(`sed 's/"mac":"...../"mac":"AAAAA/' | "$REAL" "$@"`), "MAC"},
-		"one copy":            {instead(`"$REAL" "$@"; dd if=/dev/zero of="$p" bs=4096 seek=4 count=1 conv=notrunc status=none`), "not the header that was asked for"},
+		"one copy":            {instead(`"$REAL" "$@"; dd if=/dev/zero of="$p" bs=4096 seek=4 count=1 conv=notrunc status=none`), "a header copy is damaged"},
 		"a keyslot more": {instead(`"$REAL" "$@"; echo other | "$REAL" luksAddKey --batch-mode --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --unbound --key-size 512 "$p" -`),
 			"not the header that was asked for"},
 	} {

@@ -17,7 +17,7 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
-// Exit codes. They are part of the interface and never get another meaning.
+// Exit codes. They are part of the interface and never get another meaning; exitCodes says which.
 const (
 	exitOK          = 0
 	exitInternal    = 1
@@ -29,6 +29,22 @@ const (
 	exitHeader      = 7
 	exitMissing     = 8
 )
+
+// exitCodes are what help, the man pages and README.md say of the exit codes.
+var exitCodes = []struct {
+	code    int
+	meaning string
+}{
+	{exitOK, "all as planned"},
+	{exitInternal, "internal error"},
+	{exitUsage, "usage or configuration"},
+	{exitRefused, "a volume was refused"},
+	{exitKMSDenied, "KMS said no: permissions, key state, key kind"},
+	{exitUnavailable, "KMS, IMDS or the records are unavailable for now; the service tries again"},
+	{exitDevice, "device or filesystem error"},
+	{exitHeader, "tampered or damaged LUKS header"},
+	{exitMissing, "a needed program or kernel feature is missing"},
+}
 
 // failedError is a command of which parts failed, each with its own cause.
 type failedError struct{ errs []error }
@@ -54,6 +70,8 @@ func exitCode(err error) int {
 		usage   *usageError
 		config  *agent.ConfigError
 		unknown *agent.UnknownVolumeError
+		emr     *agent.EMRError
+		nothing *agent.EMRNothingError
 		refused *agent.RefusedError
 		kms     *keycache.Error
 		store   *keycache.StoreError
@@ -80,8 +98,10 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown):
+	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr):
 		return exitUsage
+	case errors.As(err, &nothing):
+		return exitRefused
 	case errors.As(err, &refused):
 		switch refused.Refusal {
 		case agent.RefusedHeader:
@@ -109,9 +129,9 @@ func exitCode(err error) int {
 		return exitMissing
 	case errors.Is(err, luks.ErrNoCipher), errors.Is(err, agent.ErrOldSystemd), errors.Is(err, agent.ErrNoUnit):
 		return exitMissing
-	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):
+	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
 		return exitRefused
-	case errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy),
+	case errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, agent.ErrNoKeySlot),
 		errors.Is(err, fs.ErrNotExist), errors.As(err, &program), errors.As(err, &errno):
 		return exitDevice
 	}
@@ -124,6 +144,8 @@ func hint(err error) string {
 		usage   *usageError
 		config  *agent.ConfigError
 		unknown *agent.UnknownVolumeError
+		emr     *agent.EMRError
+		nothing *agent.EMRNothingError
 		refused *agent.RefusedError
 		kms     *keycache.Error
 		store   *keycache.StoreError
@@ -141,6 +163,10 @@ func hint(err error) string {
 		return fmt.Sprintf("Correct %s; `luks-kms-agent plan` then shows what it means, and touches nothing.", config.Path)
 	case errors.As(err, &unknown):
 		return "Run `luks-kms-agent status` to see the volumes and their names."
+	case errors.As(err, &emr):
+		return "Give the JSON that EMR has: `aws emr describe-security-configuration --name NAME --query SecurityConfiguration --output text`."
+	case errors.As(err, &nothing):
+		return "No configuration was written. To encrypt all the same, write one by hand: `kms_key: arn:aws:kms:REGION:ACCOUNT:key/ID`."
 	case errors.As(err, &refused):
 		return refusedHint(refused)
 	case errors.As(err, &kms):
@@ -171,6 +197,10 @@ func hint(err error) string {
 		return "The state directory must be a directory of root's with mode 0700. Nothing in it was changed."
 	case errors.As(err, &mount):
 		return "The volume is open. See `systemctl status` of the mount unit, then run `luks-kms-agent unlock` again."
+	case errors.Is(err, agent.ErrRotating):
+		return "Run `luks-kms-agent rotate` to end that, and then this again."
+	case errors.Is(err, agent.ErrNoKeySlot):
+		return "Remove a key slot that nobody needs: `cryptsetup luksDump` lists them, `cryptsetup luksKillSlot` removes one; never the token's."
 	case errors.Is(err, luks.ErrBusy):
 		return "Stop what uses the volume (`fuser -vm MOUNT_POINT`) and try again."
 	case errors.Is(err, fs.ErrPermission):
@@ -196,6 +226,9 @@ func refusedHint(e *agent.RefusedError) string {
 func kmsHint(e *keycache.Error) string {
 	switch e.Reason {
 	case keycache.ReasonDenied:
+		if e.Op == "ReEncrypt" {
+			return "Let the node's role use both keys: kms:ReEncryptFrom on the old one, kms:ReEncryptTo on the new one, and kms:Decrypt on both. Nothing was changed."
+		}
 		return deniedHint(e) + " No volume was touched."
 	case keycache.ReasonNotFound:
 		return "Check kms_key and region: that key does not exist there. No volume was touched."
@@ -232,8 +265,6 @@ func kmsHint(e *keycache.Error) string {
 func deniedHint(e *keycache.Error) string {
 	action, key := "kms:"+e.Op, e.Object()
 	switch {
-	case e.Op == "ReEncrypt":
-		return "Allow kms:ReEncryptFrom on the old key and kms:ReEncryptTo on the new one to the node's role, in its IAM policy and in both key policies."
 	case key == "":
 		key = "the key"
 	case strings.Contains(key, "alias/"):

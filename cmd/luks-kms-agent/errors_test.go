@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"os"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -33,10 +34,12 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{&agent.ConfigError{Path: "c", Err: errors.New("x")}, 2, false},
 		{&agent.ConfigError{Path: "c", Err: fs.ErrNotExist}, 2, false},
 		{&agent.UnknownVolumeError{Name: "x"}, 2, false},
+		{&agent.EMRError{Line: 1, Column: 1, Err: errors.New("x")}, 2, false},
 		{kms(keycache.ReasonInvalid), 2, false},
 		{refused(agent.RefusedContent), 3, false},
 		{refused(agent.RefusedRecord), 3, false},
 		{refused(agent.RefusedShared), 3, false},
+		{&agent.EMRNothingError{Reason: "x"}, 3, false},
 		{&keycache.RecordError{Path: "p", Err: errors.New("x")}, 3, true},
 		{kms(keycache.ReasonDenied), 4, false},
 		{kms(keycache.ReasonNotFound), 4, false},
@@ -148,6 +151,30 @@ func TestRemediesOfWhatMayPass(t *testing.T) {
 	} {
 		if got := hint(c.err); !strings.Contains(got, c.says) || !strings.HasSuffix(got, triesAgain) {
 			t.Errorf("%v: %q, want %q in it and %q at its end", c.err, got, c.says, triesAgain)
+		}
+	}
+}
+
+// TestExitCodesAreDocumented: README.md says of each exit code what help and the man pages say.
+func TestExitCodesAreDocumented(t *testing.T) {
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "## Exit codes\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var rows []string
+	for _, line := range strings.Split(section, "\n") {
+		if strings.HasPrefix(line, "| ") && !strings.HasPrefix(line, "| -") && line != "| | |" {
+			rows = append(rows, line)
+		}
+	}
+	if len(rows) != len(exitCodes) {
+		t.Fatalf("README.md has %d exit codes, the program %d", len(rows), len(exitCodes))
+	}
+	for i, row := range rows {
+		if want := fmt.Sprintf("| %d | %s |", exitCodes[i].code, exitCodes[i].meaning); row != want || exitCodes[i].code != i {
+			t.Errorf("README.md says %s, want %s", row, want)
 		}
 	}
 }

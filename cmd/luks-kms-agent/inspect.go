@@ -47,14 +47,64 @@ that is refused.`,
 
 // inspection is what inspect prints.
 type inspection struct {
+	Version int      `json:"version"`
 	Content string   `json:"content"` // blank, luks1, luks2, foreign, unknown
 	Ours    bool     `json:"ours"`
 	Verdict string   `json:"verdict"` // pass, fail
 	Reasons []string `json:"reasons"`
 
-	PrimaryDamaged   bool         `json:"primary_damaged,omitempty"`
-	SecondaryDamaged bool         `json:"secondary_damaged,omitempty"`
-	Header           *luks.Header `json:"header,omitempty"`
+	PrimaryDamaged   bool        `json:"primary_damaged,omitempty"`
+	SecondaryDamaged bool        `json:"secondary_damaged,omitempty"`
+	Header           *headerJSON `json:"header,omitempty"`
+}
+
+// headerJSON is a LUKS header for programs.
+type headerJSON struct {
+	UUID        string        `json:"uuid"`
+	Label       string        `json:"label,omitempty"`
+	Subsystem   string        `json:"subsystem,omitempty"`
+	LUKSVersion int           `json:"luks_version"`
+	Cipher      string        `json:"cipher"`
+	KeySize     int           `json:"key_size"`    // of the volume key, bits
+	SectorSize  int           `json:"sector_size"` // bytes
+	Offset      int64         `json:"offset"`      // of the data, bytes
+	SeqID       uint64        `json:"seqid"`
+	Keyslots    []keyslotJSON `json:"keyslots"`
+	Tokens      []string      `json:"tokens"` // their types
+	Token       *tokenJSON    `json:"token,omitempty"`
+}
+
+type keyslotJSON struct {
+	ID         int    `json:"id"`
+	KeySize    int    `json:"key_size"` // bits
+	Cipher     string `json:"cipher"`
+	KDF        string `json:"kdf"`
+	Hash       string `json:"hash,omitempty"`
+	Iterations int    `json:"iterations"`
+}
+
+// tokenJSON is our token without its wrapped key.
+type tokenJSON struct {
+	ID      int    `json:"id"`
+	Keyslot int    `json:"keyslot"`
+	KeyARN  string `json:"key_arn"`
+}
+
+func newHeaderJSON(h *luks.Header) *headerJSON {
+	if h == nil {
+		return nil
+	}
+	out := &headerJSON{
+		UUID: h.UUID, Label: h.Label, Subsystem: h.Subsystem, LUKSVersion: h.Version, Cipher: h.Cipher, KeySize: h.KeySize, SectorSize: h.SectorSize,
+		Offset: h.Offset, SeqID: h.SeqID, Keyslots: []keyslotJSON{}, Tokens: append([]string{}, h.Tokens...),
+	}
+	for _, s := range h.Keyslots {
+		out.Keyslots = append(out.Keyslots, keyslotJSON(s))
+	}
+	if t := h.Token; t != nil {
+		out.Token = &tokenJSON{ID: t.ID, Keyslot: t.Keyslot, KeyARN: t.KeyARN}
+	}
+	return out
 }
 
 func inspect(ctx context.Context, path string) (inspection, error) {
@@ -63,8 +113,9 @@ func inspect(ctx context.Context, path string) (inspection, error) {
 		return inspection{}, err
 	}
 	out := inspection{
+		Version: 1,
 		Content: string(luks.KindLUKS2), Ours: i.Ours, Verdict: "fail", Reasons: i.Reasons,
-		PrimaryDamaged: i.PrimaryDamaged, SecondaryDamaged: i.SecondaryDamaged, Header: i.Header,
+		PrimaryDamaged: i.PrimaryDamaged, SecondaryDamaged: i.SecondaryDamaged, Header: newHeaderJSON(i.Header),
 	}
 	switch i.Kind {
 	case luks.KindNone:

@@ -19,7 +19,8 @@ func newPlan(opts *globalOptions) *cobra.Command {
 		Long: `Show every disk with its identity, what was found on it, what run would do with
 it, and the evidence. Nothing is written, and KMS is not asked.`,
 		Example: `  sudo luks-kms-agent plan
-  sudo luks-kms-agent plan --json | jq '.actions[] | select(.action == "refuse")'`,
+  sudo luks-kms-agent plan --json |
+    jq '.actions[] | select(.action == "refuse")'`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			node, err := opts.node(cmd.ErrOrStderr())

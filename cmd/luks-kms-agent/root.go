@@ -19,45 +19,58 @@ import (
 // globalOptions are the flags that every command takes.
 type globalOptions struct {
 	config    string
+	logLevel  string // "": warn; under systemd and with verbose info
 	logFormat string
 	verbose   bool
 }
 
 const rootLong = `luks-kms-agent encrypts the data volumes of an EC2 node with LUKS2 under a data
 key from AWS KMS. At first boot it formats what is proven blank; at every boot it
-opens and mounts what it formatted. It never touches the boot volume.
-
-Exit codes:
-  0  all as planned
-  1  internal error
-  2  usage or configuration
-  3  a volume was refused
-  4  KMS said no (permissions, key state, key kind)
-  5  KMS, IMDS or the records are unavailable for now: try again
-  6  device or filesystem error
-  7  tampered or damaged LUKS header
-  8  a needed program or kernel feature is missing`
+opens and mounts what it formatted. It never touches the boot volume.`
 
 func newRoot() *cobra.Command {
 	opts := &globalOptions{}
 	root := &cobra.Command{
-		Use:           "luks-kms-agent",
-		Short:         "Encrypt a node's data volumes under a KMS key",
-		Long:          rootLong,
-		Version:       version,
+		Use:     "luks-kms-agent",
+		Short:   "Encrypt a node's data volumes under a KMS key",
+		Long:    rootLong,
+		Version: version,
+		Example: `  # What would be done with each disk, and why; changes nothing
+  sudo luks-kms-agent plan
+
+  # How the last run went, and how the volumes are now
+  sudo luks-kms-agent status`,
 		Args:          args(cobra.NoArgs),
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
+	root.SetFlagErrorFunc(flagError)
+	root.SetHelpFunc(printHelp)
+	root.SetUsageFunc(func(cmd *cobra.Command) error { printUsage(cmd.OutOrStderr(), cmd); return nil })
+	root.SetHelpCommand(newHelp())
 	flags := root.PersistentFlags()
 	flags.StringVar(&opts.config, "config", agent.DefaultConfigPath, "configuration `file`")
-	flags.StringVar(&opts.logFormat, "log-format", "console", "log as `console` or json")
-	flags.BoolVarP(&opts.verbose, "verbose", "v", false, "log each step (always so under systemd)")
+	flags.Var(newChoice(&opts.logLevel, "", "debug", "info", "warn", "error"), "log-level",
+		"log from this `level` on: debug, info, warn, error (default warn; under systemd info)")
+	flags.Var(newChoice(&opts.logFormat, "console", "console", "json"), "log-format", "log as `format`: console, json")
+	flags.BoolVarP(&opts.verbose, "verbose", "v", false, "log each step, as --log-level info")
 	root.AddCommand(
-		newRun(opts), newPreflight(opts), newPlan(opts), newStatus(opts), newUnlock(opts), newLock(opts), newRewrap(opts), newInspect(), newVersion(),
+		newRun(opts),
+		newPreflight(opts),
+		newPlan(opts),
+		newStatus(opts),
+		newUnlock(opts),
+		newLock(opts),
+		newRotate(opts),
+		newRewrap(opts),
+		newInspect(),
+		newImportEMR(),
+		newVersion(),
+		newCompletion(),
+		newMan(),
 	)
+	finish(root, opts)
 	return root
 }
 
@@ -84,10 +97,14 @@ func (e *usageError) Unwrap() error { return e.err }
 // args makes cobra's argument checks usage errors.
 func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return &usageError{err}
+		err := check(cmd, args)
+		if err == nil {
+			return nil
 		}
-		return nil
+		if cmd.HasSubCommands() && len(args) > 0 {
+			err = didYouMean(err, cmd.SuggestionsFor(args[0]), "")
+		}
+		return &usageError{err}
 	}
 }
 
@@ -132,23 +149,24 @@ func (o *globalOptions) logger(stderr io.Writer) (*zap.Logger, error) {
 	enc.EncodeTime = zapcore.ISO8601TimeEncoder
 	enc.EncodeDuration = zapcore.StringDurationEncoder
 	enc.EncodeLevel = zapcore.LowercaseLevelEncoder
-	var encoder zapcore.Encoder
 	underSystemd := os.Getenv("INVOCATION_ID") != ""
-	switch o.logFormat {
-	case "console":
-		if underSystemd {
-			enc.TimeKey = "" // journald has the time
-		}
-		enc.ConsoleSeparator = " "
-		encoder = zapcore.NewConsoleEncoder(enc)
-	case "json":
+	if underSystemd && o.logFormat != "json" {
+		enc.TimeKey = "" // journald has the time
+	}
+	enc.ConsoleSeparator = " "
+	encoder := zapcore.NewConsoleEncoder(enc)
+	if o.logFormat == "json" {
 		encoder = zapcore.NewJSONEncoder(enc)
-	default:
-		return nil, &usageError{fmt.Errorf("unknown log format %q (allowed: console, json)", o.logFormat)}
 	}
 	level := zapcore.WarnLevel
 	if o.verbose || underSystemd {
 		level = zapcore.InfoLevel
+	}
+	if o.logLevel != "" {
+		var err error
+		if level, err = zapcore.ParseLevel(o.logLevel); err != nil {
+			return nil, &usageError{err}
+		}
 	}
 	return zap.New(zapcore.NewCore(encoder, zapcore.AddSync(stderr), level)), nil
 }

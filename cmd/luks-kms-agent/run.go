@@ -13,7 +13,8 @@ import (
 )
 
 func newRun(opts *globalOptions) *cobra.Command {
-	return &cobra.Command{
+	asJSON := false
+	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Format what is blank, open and mount what is ours",
 		Long: `Carry out the plan: format data volumes that are proven blank, open and mount
@@ -26,23 +27,33 @@ service luks-kms-agent.service runs it at every boot; run again, it changes noth
   sudo luks-kms-agent plan`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return carryOut(cmd, opts, func(n *agent.Node) (agent.Report, error) { return n.Run(cmd.Context()) })
+			return carryOut(cmd, opts, asJSON, func(n *agent.Node) (agent.Report, error) { return n.Run(cmd.Context()) })
 		},
 	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
 }
 
 // carryOut is what run and unlock share: do the work, tell how it went.
-func carryOut(cmd *cobra.Command, opts *globalOptions, do func(*agent.Node) (agent.Report, error)) error {
+func carryOut(cmd *cobra.Command, opts *globalOptions, asJSON bool, do func(*agent.Node) (agent.Report, error)) error {
 	node, err := opts.keyNode(cmd.ErrOrStderr(), nil)
 	if err != nil {
 		return err
 	}
 	report, err := do(node)
+	if asJSON && !report.Finished.IsZero() { // it is where another command keeps this one from beginning
+		// What was done before the error is told too.
+		if perr := printJSON(cmd.OutOrStdout(), report.Status(err)); perr != nil && err == nil {
+			err = perr
+		}
+	}
 	if err != nil {
 		systemd.Status(err.Error())
 		return err
 	}
-	printReport(cmd.OutOrStdout(), report)
+	if !asJSON {
+		printReport(cmd.OutOrStdout(), report)
+	}
 	systemd.Status(summary(report))
 	return failures(report.Failures())
 }

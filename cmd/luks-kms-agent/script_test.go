@@ -28,6 +28,7 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"luks-kms-agent": main,
 		"carry-out":      printProtection,
+		"report":         printReportAsJSON,
 	})
 }
 
@@ -53,7 +54,7 @@ func printProtection() {
 		panic(err)
 	}
 	cmd := &cobra.Command{}
-	err := carryOut(cmd, &globalOptions{config: "config.yaml", logFormat: "console"}, func(*agent.Node) (agent.Report, error) {
+	err := carryOut(cmd, &globalOptions{config: "config.yaml", logFormat: "console"}, false, func(*agent.Node) (agent.Report, error) {
 		dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
 		fmt.Println("dumpable", dumpable)
 		return agent.Report{}, err
@@ -65,6 +66,22 @@ func printProtection() {
 
 func TestMemoryIsProtectedBeforeAKeyIsRead(t *testing.T) {
 	testscript.Run(t, testscript.Params{Files: []string{script(t, "exec carry-out\nstdout 'dumpable 0'\n")}})
+}
+
+// printReportAsJSON is run --json of a report in which a volume is refused; stopped by an error where there is an argument.
+func printReportAsJSON() {
+	if err := os.WriteFile("config.yaml", []byte("kms_key: alias/data\n"), 0o600); err != nil {
+		panic(err)
+	}
+	var stop error
+	if len(os.Args) > 1 {
+		stop = fmt.Errorf("%s: %w", os.Args[1], keycache.ErrLocked)
+	}
+	cmd := &cobra.Command{}
+	cmd.SetOut(os.Stdout)
+	err := carryOut(cmd, &globalOptions{config: "config.yaml"}, true, func(*agent.Node) (agent.Report, error) { return report(), stop })
+	printError(os.Stderr, err)
+	os.Exit(exitCode(err))
 }
 
 // script is a script in a file of its own.

@@ -20,7 +20,8 @@ func newStatus(opts *globalOptions) *cobra.Command {
 is mounted, open, locked or missing now. Neither KMS nor IMDS is asked. The same
 is kept for other programs in ` + agent.DefaultStatusPath + `, but for the state of now.`,
 		Example: `  sudo luks-kms-agent status
-  sudo luks-kms-agent status --json | jq -r '.volumes[] | [.state, .mount_point] | @tsv'`,
+  sudo luks-kms-agent status --json |
+    jq -r '.volumes[] | [.state, .mount_point] | @tsv'`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			node, err := opts.node(cmd.ErrOrStderr())

@@ -164,5 +164,17 @@ func inAgent() []protection {
 		{"a preflight wants the data key back that KMS gave", []edit{{preflight, "if !proven.Equal(key) {", "if false {"}}, "./agent TestPreflightFinds/another key decrypted"},
 		{"a preflight sees a state directory on a volume that only it opens",
 			[]edit{{preflight, "if err := n.stateDirOnManaged(scan); err != nil {", "if false {"}}, "./agent TestPreflightFinds/state directory on a volume that it opens"},
+
+		// Rewrap and rotate.
+		{"a rewrapped data key is proven to be the same before the record is replaced",
+			[]edit{{"agent/rewrap.go", "if !proven.Equal(key) {", "if false {"}}, "./agent TestRewrapProvesBeforeItReplaces/another data key"},
+		{"a volume is opened by the data key that its token names while that is being replaced",
+			[]edit{{apply, "if v.Rotation != nil {", "if false {"}}, "./agent TestRotateIsCutAtEveryStep/node"},
+		{"the data key to come is not archived as unused",
+			[]edit{{plan, "return []string{v.KeyID, v.Rotation.KeyID}", "return []string{v.KeyID}"}}, "./agent TestRotateIsCutAtEveryStep/node"},
+		{"rotate does not take over a key slot that somebody else made",
+			[]edit{{"agent/rotate.go", "if added = err == nil; !added {", "if added = true; !added {"}}, "./agent TestRotateLeavesSlotsOfOthers"},
+		{"rotate removes no key slot that the old data key does not open",
+			[]edit{{"agent/rotate.go", "if errors.Is(err, luks.ErrWrongKey) {\n\t\tr.log", "if false {\n\t\tr.log"}, {"agent/rotate.go", "if err != nil {\n\t\treturn err\n\t}\n\treturn luks.RemoveKeySlot", "return luks.RemoveKeySlot"}}, "./agent TestRotateLeavesSlotsOfOthers"},
 	}
 }

@@ -3,17 +3,20 @@ package main
 // The exit code decides whether systemd tries again, and whether consumers start.
 func inCommands() []protection {
 	const (
-		errs    = "cmd/luks-kms-agent/errors.go"
-		root    = "cmd/luks-kms-agent/root.go"
-		run     = "cmd/luks-kms-agent/run.go"
-		inspect = "cmd/luks-kms-agent/inspect.go"
+		errs      = "cmd/luks-kms-agent/errors.go"
+		root      = "cmd/luks-kms-agent/root.go"
+		flags     = "cmd/luks-kms-agent/flags.go"
+		run       = "cmd/luks-kms-agent/run.go"
+		inspect   = "cmd/luks-kms-agent/inspect.go"
+		importEMR = "cmd/luks-kms-agent/importemr.go"
+		emr       = "agent/emr.go"
 
 		codes = "./cmd/luks-kms-agent TestExitCodesAndRemedies"
 		wiped = "./cmd/luks-kms-agent TestOnlyForeignContentMayBeWiped"
 	)
 	return []protection{
 		{"memory is protected before a key is read", []edit{
-			{run, "err := keycache.ProtectMemory()", "err := (&keycache.Error{}).Err"},
+			{root, "err := keycache.ProtectMemory()", "err := (&keycache.Error{}).Err"},
 		}, "./cmd/luks-kms-agent TestMemoryIsProtectedBeforeAKeyIsRead"},
 		{"a command of which a part failed has failed", []edit{{errs, "if len(errs) == 0 {", "if true {"}}, codes},
 		{"what is unavailable is tried again (5)", []edit{{errs, "if kms.Retryable() {", "if false {"}}, codes},
@@ -28,7 +31,7 @@ func inCommands() []protection {
 			{errs, "case errors.Is(err, keycache.ErrOtherKey):\n\t\treturn exitKMSDenied\n", ""},
 		}, codes},
 		{"a wrong command line, configuration or name is not tried again (2)", []edit{
-			{errs, "errors.As(err, &unknown):\n\t\treturn exitUsage", "errors.As(err, &unknown):\n\t\treturn exitUnavailable"},
+			{errs, "errors.As(err, &unknown), errors.As(err, &emr):\n\t\treturn exitUsage", "errors.As(err, &unknown):\n\t\treturn exitUnavailable"},
 		}, codes},
 		{"a refused volume is told (3)", []edit{{errs, "\t\t}\n\t\treturn exitRefused\n", "\t\t}\n\t\treturn exitOK\n"}}, codes},
 		{"an unreadable record is told (3)", []edit{
@@ -74,12 +77,24 @@ func inCommands() []protection {
 			{errs, "case errors.As(err, &header):\n\t\treturn \"Do not use the volume. ", "case errors.As(err, &header):\n\t\treturn \""},
 		}, wiped},
 		{"a command line that cannot be understood is no success, and not tried again (2)", []edit{
-			{root, "root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })\n", ""},
+			{flags, "return &usageError{err}\n}\n\n// suggestionDistance", "return err\n}\n\n// suggestionDistance"},
 		}, "./cmd/luks-kms-agent TestScripts/usage"},
-		{"an unknown log format is a usage error", []edit{
-			{root, "return nil, &usageError{fmt.Errorf(", "return nil, error(fmt.Errorf("},
-			{root, "console, json)\", o.logFormat)}", "console, json)\", o.logFormat))"},
+		{"an unknown log format or level is a usage error", []edit{
+			{flags, "if !slices.Contains(c.allowed, value) {", "if !slices.Contains(c.allowed, value) && false {"},
 		}, "./cmd/luks-kms-agent TestScripts/usage"},
+		{"import-emr never overwrites a file", []edit{
+			{importEMR, "os.O_WRONLY|os.O_CREATE|os.O_EXCL", "os.O_WRONLY|os.O_CREATE|os.O_TRUNC"},
+		}, "./cmd/luks-kms-agent TestScripts/import-emr"},
+		{"import-emr passes over no field that it does not know", []edit{
+			{emr, "		if !ok {\n			return e.fail(f.offset, \"unknown", "		if !ok && false {\n			return e.fail(f.offset, \"unknown"},
+			{emr, "if err := read(join(path, f.name), f.value); err != nil {", "if !ok {\n\t\t\tcontinue\n\t\t}\n\t\tif err := read(join(path, f.name), f.value); err != nil {"},
+		}, "./agent TestMalformedEMR"},
+		{"import-emr takes no field that stands twice", []edit{
+			{emr, "if seen[f.name] {", "if false {"},
+		}, "./agent TestMalformedEMR"},
+		{"import-emr takes no key of a configuration that encrypts nothing", []edit{
+			{emr, "case !atRest:", "case false:"},
+		}, "./agent TestEMRKeysThatCannotBeUsed"},
 		{"run does not ignore an argument that was to narrow it", []edit{
 			{run, "Args: args(cobra.NoArgs),\n", ""},
 		}, "./cmd/luks-kms-agent TestNothingIsIgnored"},

@@ -482,5 +482,18 @@ func inHeaderWrites() []protection {
 			program, `return printable([]byte(strings.Join(strings.Fields(string(l.b)), " ")))`, `return strings.Join(strings.Fields(string(l.b)), " ")`, "./luks TestCryptsetupExitCodes"),
 		one("a program is not looked for in a relative directory",
 			program, `if !filepath.IsAbs(dir) {`, `if false {`, "./luks TestFindProgram"),
+
+		one("a key slot is not added to a volume that the key does not open",
+			"luks/slots.go", "before, err := whole(path, k)\n\tif err != nil {\n\t\treturn err\n\t}\n\tif err := checkKey(next)", "before, err := inspectPath(path)\n\tif err != nil {\n\t\treturn err\n\t}\n\tif err := checkKey(next)", "./luks TestKeySlotsRefuse/add: damaged copy"),
+		one("the token's own key slot is not removed",
+			"luks/slots.go", "if slot == before.Header.Token.Keyslot {", "if false {", "./luks TestKeySlotsRefuse/remove: the token's"),
+		one("a key slot is proven before the token names it",
+			"luks/replace.go", "err := testPassphrase(ctx, path, slot, next.Passphrase())\n\tif err == nil {", "var err error\n\tif err == nil {", "./luks TestKeySlotsRefuse/move: not opened"),
+		one("a key slot that was to be added is looked for",
+			"luks/slots.go", "if !after.HasKeySlot(slot) || !sameBut(slot, after, before) {", "if false && sameBut(slot, after, before) {", "./luks TestKeySlotsCheckTheResult/no slot is added"),
+		one("a header with a damaged copy is not written to",
+			"luks/replace.go", "if i.PrimaryDamaged || i.SecondaryDamaged {", "if false {", "./luks TestKeySlotsRefuse/add: damaged copy"),
+		one("a token that was replaced is compared with what was asked for",
+			"luks/replace.go", "if !equalHeaders(&want, after) {", "if false {", "./luks TestReplaceTokenChecksTheResult/nothing"),
 	}
 }

@@ -9,6 +9,9 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
 )
 
+// keySlots are the numbers of the key slots of each volume, as cryptsetup sees them.
+const keySlots = "for d in $(lsblk -dnpo NAME | grep -v nvme0n1); do cryptsetup luksDump $d 2>/dev/null | sed -n '/^Keyslots:/,/^Tokens:/p'; done"
+
 // TestRewrap: the data keys of a running node come under another KMS key, with a power cut between the record and the tokens; then
 // the old KMS key is taken away, and at last the records.
 func TestRewrap(t *testing.T) {
@@ -18,8 +21,8 @@ func TestRewrap(t *testing.T) {
 	n.AwaitVolumes()
 	wantMounted(t, n, "/mnt", "/mnt1")
 	files := writeFiles(n, "/mnt", "/mnt1")
-	slots := n.Sh("for d in $(lsblk -dnpo NAME | grep -v nvme0n1); do cryptsetup luksDump $d 2>/dev/null | grep -A20 ^Keyslots; done")
-	to := n.CreateKey(nil)
+	slots := n.Sh(keySlots)
+	to := n.CreateKey(map[string]string{})
 
 	n.HoldCommand("the key record is rewrapped", "rewrap --to "+to)
 	n.PowerCut()
@@ -34,7 +37,7 @@ func TestRewrap(t *testing.T) {
 	if again := n.Sh("luks-kms-agent rewrap --to " + to); strings.Count(again, "already there") != 3 {
 		t.Errorf("again:\n%s", again)
 	}
-	if now := n.Sh("for d in $(lsblk -dnpo NAME | grep -v nvme0n1); do cryptsetup luksDump $d 2>/dev/null | grep -A20 ^Keyslots; done"); now != slots {
+	if now := n.Sh(keySlots); now != slots {
 		t.Errorf("key slots were\n%s\nand are\n%s", slots, now)
 	}
 	wantFiles(t, n, files, "after rewrap", "/mnt", "/mnt1")

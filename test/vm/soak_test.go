@@ -16,7 +16,7 @@ import (
 )
 
 var (
-	cuts  = flag.Int("cuts", 50, "how many power cuts TestSoak makes")
+	cuts  = flag.Int("cuts", 50, "how many power cuts TestSoak makes; TestSoakRotate makes a fifth of that")
 	nodes = flag.Int("nodes", 2, "how many nodes TestSoak has at a time; not more than -parallel")
 	seed  = flag.Uint64("seed", uint64(time.Now().UnixNano()), "of the moments at which TestSoak cuts")
 )

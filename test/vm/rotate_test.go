@@ -1,0 +1,58 @@
+//go:build vm
+
+package vm_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
+)
+
+// TestRotate: the volumes of a running node get a new data key, with a power cut when the first has its new key slot and its old one;
+// somebody's own passphrase stays.
+func TestRotate(t *testing.T) {
+	t.Parallel()
+	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1, ebs1)
+	n.Resume()
+	n.AwaitVolumes()
+	wantMounted(t, n, "/mnt", "/mnt1")
+	files := writeFiles(n, "/mnt", "/mnt1")
+	was := n.KeyRecords()[0]
+	device := volumes(t, n)["/mnt"].Device
+	n.ShWith([]byte(n.Unwrap(was)), "cat >/run/key && printf mine >/run/mine && cryptsetup luksAddKey --batch-mode --pbkdf pbkdf2 --pbkdf-force-iterations 1000 "+
+		"--key-file=/run/key "+device+" /run/mine; rm /run/key")
+
+	n.HoldCommand("the token names the new key slot", "rotate")
+	n.PowerCut()
+	n.Boot()
+	n.AwaitVolumes()
+	wantFiles(t, n, files, "after a cut with two key slots", "/mnt", "/mnt1")
+	if plan := n.Sh("luks-kms-agent plan"); strings.Count(plan, "/mnt") != 2 {
+		t.Errorf("plan:\n%s", plan)
+	}
+	if records := n.KeyRecords(); len(records) != 2 {
+		t.Errorf("%d key records while a rotation is under way", len(records))
+	}
+
+	out := n.Sh("luks-kms-agent rotate") // while both are mounted
+	if strings.Count(out, " rotated") != 2 {
+		t.Errorf("after the cut:\n%s", out)
+	}
+	records := n.KeyRecords()
+	if len(records) != 1 || records[0].ID == was.ID {
+		t.Errorf("key records: %+v", records)
+	}
+	slots := n.Sh("for d in $(lsblk -dnpo NAME | grep -v nvme0n1); do cryptsetup luksDump $d 2>/dev/null | grep -c ': luks2$'; done | sort | tr '\n' ' '")
+	if slots != "1 2 " {
+		t.Errorf("key slots: %s", slots)
+	}
+	device = volumes(t, n)["/mnt"].Device
+	n.Sh("printf mine | cryptsetup open --test-passphrase --key-file=- " + device)
+	n.Sh("luks-kms-agent lock && luks-kms-agent unlock")
+	wantFiles(t, n, files, "after rotate", "/mnt", "/mnt1")
+
+	// The new tokens are enough.
+	n.Sh("luks-kms-agent lock && rm -r /var/lib/luks-kms-agent && luks-kms-agent run")
+	wantFiles(t, n, files, "adopted by the new tokens", "/mnt", "/mnt1")
+}

@@ -27,7 +27,8 @@ plan to tell.
 
 The exit code is 0 unless a check fails; then it is the most urgent of theirs.`,
 		Example: `  sudo luks-kms-agent preflight
-  sudo luks-kms-agent preflight --json | jq '.checks[] | select(.result == "failure")'`,
+  sudo luks-kms-agent preflight --json |
+    jq '.checks[] | select(.result == "failure")'`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := opts.logger(cmd.ErrOrStderr())

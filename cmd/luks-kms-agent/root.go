@@ -62,8 +62,8 @@ func newRoot(p *progress) *cobra.Command {
 	flags.Var(newChoice(&opts.logFormat, "console", "console", "json"), "log-format", "log as `format`: console, json")
 	flags.BoolVarP(&opts.verbose, "verbose", "v", false, "log each step, as --log-level info")
 	root.AddCommand(
-		newPreflight(opts),
 		newRun(opts),
+		newPreflight(opts),
 		newPlan(opts),
 		newStatus(opts),
 		newTimeline(),

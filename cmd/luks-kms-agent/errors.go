@@ -50,19 +50,19 @@ var byUrgency = []int{exitUnavailable, exitKMSDenied, exitHeader, exitMissing, e
 // exitCode is the one place that turns an error into an exit code.
 func exitCode(err error) int {
 	var (
-		failed   *failedError
-		usage    *usageError
-		config   *agent.ConfigError
-		unknown  *agent.UnknownVolumeError
-		refused  *agent.RefusedError
-		kms      *keycache.Error
-		store    *keycache.StoreError
-		record   *keycache.RecordError
-		header   *luks.HeaderError
-		mount    *systemd.MountError
-		program  *exec.ExitError
-		errno    syscall.Errno
-		timeline *agent.TimelineError
+		failed  *failedError
+		usage   *usageError
+		config  *agent.ConfigError
+		unknown *agent.UnknownVolumeError
+		refused *agent.RefusedError
+		kms     *keycache.Error
+		store   *keycache.StoreError
+		record  *keycache.RecordError
+		header  *luks.HeaderError
+		mount   *systemd.MountError
+		program *exec.ExitError
+		errno   syscall.Errno
+		drawn   *agent.TimelineError
 	)
 	switch {
 	case err == nil:
@@ -78,7 +78,7 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown):
+	case errors.As(err, &usage), errors.As(err, &drawn), errors.As(err, &config), errors.As(err, &unknown):
 		return exitUsage
 	case errors.As(err, &refused):
 		switch refused.Refusal {
@@ -117,18 +117,18 @@ func exitCode(err error) int {
 // hint says what to do about an error, "" where there is nothing to add.
 func hint(err error) string {
 	var (
-		usage    *usageError
-		config   *agent.ConfigError
-		unknown  *agent.UnknownVolumeError
-		refused  *agent.RefusedError
-		kms      *keycache.Error
-		store    *keycache.StoreError
-		mount    *systemd.MountError
-		header   *luks.HeaderError
-		timeline *agent.TimelineError
+		usage   *usageError
+		config  *agent.ConfigError
+		unknown *agent.UnknownVolumeError
+		refused *agent.RefusedError
+		kms     *keycache.Error
+		store   *keycache.StoreError
+		mount   *systemd.MountError
+		header  *luks.HeaderError
+		drawn   *agent.TimelineError
 	)
 	switch {
-	case errors.As(err, &timeline):
+	case errors.As(err, &drawn):
 		return "Give it a timeline.json that an agent of this version wrote, or none for that of the last run."
 	case errors.Is(err, agent.ErrNothingRan):
 		return "See `systemctl status luks-kms-agent`: a run that is under way writes it when it ends."

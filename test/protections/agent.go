@@ -194,15 +194,5 @@ func inAgent() []protection {
 			[]edit{{"agent/audit.go", "perm&0o022 != 0 {", "false {"}}, "./agent TestFailingAuditLogStopsNothing"},
 		{"audit: a symbolic link is not followed",
 			[]edit{{"agent/audit.go", "os.O_CREATE | unix.O_NOFOLLOW |", "os.O_CREATE |"}}, "./agent TestFailingAuditLogStopsNothing"},
-		// The preflight.
-		{"a preflight makes no state directory", []edit{
-			{preflight, "f, err := keycache.CheckDir(n.cfg.StateDir)", "_, _ = keycache.OpenStore(n.cfg.StateDir)\n\tf, err := keycache.CheckDir(n.cfg.StateDir)"},
-		}, "./agent TestPreflightTouchesNothing"},
-		{"a preflight's data keys are wiped", []edit{{preflight, "if len(p.keys) > 0 {", "if false {"}}, "./agent TestPreflightWipesItsKeys"},
-		{"memory is protected before a preflight has a key", []edit{{preflight, "protected := p.protect()", "var protected error"}}, "./agent TestPreflightWipesItsKeys"},
-		{"a preflight wants the data key back that KMS gave", []edit{{preflight, "if !proven.Equal(key) {", "if false {"}}, "./agent TestPreflightFinds/another key decrypted"},
-		{"a preflight sees a state directory on a volume that only it opens",
-			[]edit{{preflight, "if err := n.stateDirOnManaged(scan); err != nil {", "if false {"}}, "./agent TestPreflightFinds/state directory on a volume that it opens"},
-			[]edit{{"agent/rotate.go", "if errors.Is(err, luks.ErrWrongKey) {\n\t\tr.log", "if false {\n\t\tr.log"}, {"agent/rotate.go", "if err != nil {\n\t\treturn err\n\t}\n\treturn luks.RemoveKeySlot", "return luks.RemoveKeySlot"}}, "./agent TestRotateLeavesSlotsOfOthers"},
 	}
 }

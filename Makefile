@@ -50,7 +50,7 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@echo "lint: OK"
 
 test-unit: ## unit tests: no root, no VM, no AWS
-	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd groff-base mandoc bash-completion zsh fish)
+	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd logrotate groff-base mandoc bash-completion zsh fish)
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
 	@{ rc=0; $(GO) test -json -count=1 -timeout 5m ./... $(TALLY) || rc=1; $(GO) test -C test/tools -json -count=1 -timeout 5m ./... || rc=1; exit $$rc; } \
 	  | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
@@ -135,10 +135,11 @@ man: ## write the man pages and shell completions to build/
 	@for shell in bash zsh fish; do build/for-man completion $$shell >build/completions/$$shell; done
 
 ZSH_COMPLETIONS ?= /usr/share/zsh/vendor-completions
-install: build man ## install under DESTDIR: program, units, man pages, completions, cloud-init drop-in, examples (enables nothing, overwrites no configuration)
+install: build man ## install under DESTDIR: program, units, man pages, completions, cloud-init and logrotate drop-ins, examples (enables nothing, overwrites no configuration)
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent
 	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system systemd/luks-kms-agent.service systemd/luks-kms-agent.target
 	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg
+	@install -D -m 0644 -t $(DESTDIR)/etc/logrotate.d packaging/logrotate/luks-kms-agent
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/man/man8 build/man/*.8
 	@gzip -9nf $(addprefix $(DESTDIR)/usr/share/man/man8/,luks-kms-agent.8 luks-kms-agent-*.8)

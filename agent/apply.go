@@ -92,6 +92,9 @@ func (n *Node) apply(ctx context.Context, store *keycache.Store, f Facts, p Plan
 			if act.Verb.opens() && n.maps.IsOpen(act.Volume.Mapping) {
 				outcomes[i].Opened = n.now()
 			}
+			if !act.Missing {
+				n.auditOutcome(outcomes[i])
+			}
 		})
 	}
 	wg.Wait()
@@ -147,8 +150,18 @@ func (a *applier) quarantine(p Plan) error {
 	}
 	a.log.Warn("records of another instance are moved to quarantine",
 		zap.Strings("keys", p.QuarantineKeys), zap.Strings("volumes", p.QuarantineVolumes))
-	if err := a.store.Quarantine(p.QuarantineKeys, p.QuarantineVolumes, "another instance-id"); err != nil {
-		return err
+	const why = "another instance-id"
+	moved := Event{Kind: EventRecordsQuarantined, Reason: why}
+	for _, id := range p.QuarantineKeys {
+		moved.Records = append(moved.Records, "keys/"+id)
+	}
+	for _, id := range p.QuarantineVolumes {
+		moved.Records = append(moved.Records, "volumes/"+id)
+	}
+	moved.Err = a.store.Quarantine(p.QuarantineKeys, p.QuarantineVolumes, why)
+	a.audit(moved)
+	if moved.Err != nil {
+		return moved.Err
 	}
 	a.reached(stepQuarantined)
 	return nil
@@ -194,7 +207,10 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 		return err
 	}
 	for _, old := range act.Replaces {
-		if err := a.store.ArchiveVolume(old, "the disk went with a stop of the instance"); err != nil {
+		const why = "the disk went with a stop of the instance"
+		err := a.store.ArchiveVolume(old, why)
+		a.audit(Event{Kind: EventRecordArchived, Volume: a.records.Volumes[old], Reason: why, Err: err})
+		if err != nil {
 			return err
 		}
 		a.reached(stepArchived)
@@ -228,10 +244,13 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	if err := a.maps.Open(ctx, header, key, a.openOptions(*act)); err != nil {
 		return err
 	}
+	a.opened(*act, keyRecord, key, "to make its filesystem")
 	a.reached(stepOpened)
 	if err := a.finish(ctx, v); err != nil {
 		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))
 	}
+	a.audit(Event{Kind: EventVolumeFormatted, Volume: *v, Device: act.Device.Device, Key: keyRecord, RequestID: key.RequestID(), Reason: act.Reason})
+	act.told = true
 	return a.mount(ctx, *act, v.Mapping)
 }
 
@@ -310,6 +329,7 @@ func (a *applier) stillMayFormat(ctx context.Context, act Action, key *keycache.
 	if err := a.maps.Open(ctx, header, key, a.openOptions(act)); err != nil {
 		return err
 	}
+	a.opened(act, a.records.Keys[act.Volume.KeyID], key, "to see whether its format was cut")
 	return errors.Join(a.formattedByUs(ctx, act, act.Volume.Mapping), a.maps.Close(ctx, act.Volume.Mapping))
 }
 
@@ -344,7 +364,7 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 		return a.mapReady
 	}
 	a.step("Waiting for the data key of %s", act.Device.Path)
-	key, err := a.opener(act.Volume, act.Device.Header)
+	key, keyRecord, err := a.opener(act.Volume, act.Device.Header)
 	if err != nil {
 		return err
 	}
@@ -353,6 +373,8 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 	if err := a.open(ctx, *act, key, options); err != nil {
 		return err
 	}
+	a.opened(*act, keyRecord, key, act.Reason)
+	act.told = true
 	v := &act.Volume
 	if old := a.records.Volumes[v.UUID]; v.Identity != act.Device.Identity || v.MountPoint != old.MountPoint {
 		v.Identity, v.Class = act.Device.Identity, string(act.Device.Class)
@@ -365,15 +387,17 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 
 // opener gives the data key that opens a ready volume. While the key is being replaced that
 // is the new one or the old one, whatever a cut left.
-func (a *applier) opener(v keycache.VolumeRecord, header *luks.Inspection) (*keycache.Key, error) {
+func (a *applier) opener(v keycache.VolumeRecord, header *luks.Inspection) (*keycache.Key, keycache.KeyRecord, error) {
 	if v.Rotation != nil {
 		if rec, ok := a.records.Keys[v.Rotation.KeyID]; ok && header.Header.Token.Keyslot == v.Rotation.KeySlot {
 			if key, err := a.keys.get(rec); err == nil && header.Verify(key) == nil {
-				return key, nil
+				return key, rec, nil
 			}
 		}
 	}
-	return a.keys.get(a.records.Keys[v.KeyID])
+	rec := a.records.Keys[v.KeyID]
+	key, err := a.keys.get(rec)
+	return key, rec, err
 }
 
 // open maps a volume that was inspected, if it still is on the disk that was seen.
@@ -391,6 +415,11 @@ func (a *applier) open(ctx context.Context, act Action, key *keycache.Key, optio
 	return a.maps.Open(ctx, header, key, options)
 }
 
+// opened writes down that a volume is open, before anybody can use it.
+func (a *applier) opened(act Action, rec keycache.KeyRecord, key *keycache.Key, why string) {
+	a.audit(Event{Kind: EventVolumeOpened, Volume: act.Volume, Device: act.Device.Device, Key: rec, RequestID: key.RequestID(), Reason: why})
+}
+
 // restoreHeader writes the secondary header over a damaged primary one, after the
 // secondary has shown its MAC: an attacker must not have us copy his.
 func (a *applier) restoreHeader(ctx context.Context, act Action, key *keycache.Key) (*luks.Inspection, error) {
@@ -405,8 +434,14 @@ func (a *applier) restoreHeader(ctx context.Context, act Action, key *keycache.K
 	if err := luks.CheckCryptsetup(ctx); err != nil {
 		return nil, err
 	}
-	if err := luks.RestorePrimary(ctx, act.Device.Path); err != nil {
-		return nil, err
+	// Afterwards nothing on the disk tells what was in the primary.
+	restored := Event{Kind: EventHeaderRestored, Volume: act.Volume, Device: act.Device.Device, RequestID: key.RequestID(),
+		Reason: "the primary is damaged, the secondary passes every check", Begun: true}
+	a.audit(restored)
+	restored.Begun, restored.Err = false, luks.RestorePrimary(ctx, act.Device.Path)
+	a.audit(restored)
+	if restored.Err != nil {
+		return nil, restored.Err
 	}
 	a.reached(stepRestored)
 	a.log.Warn("the damaged primary LUKS header was restored from the secondary", zap.String("device", act.Device.Path))
@@ -430,6 +465,7 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	if err := a.open(ctx, *act, key, a.openOptions(*act)); err != nil {
 		return err
 	}
+	a.opened(*act, rec, key, act.Reason)
 	content, err := volumes.Filesystem(ctx, a.maps.Path(v.Mapping))
 	if err == nil && !slices.Contains(filesystems, content.Type) {
 		err = &RefusedError{Refusal: RefusedContent, Device: act.Device.Path,
@@ -438,6 +474,10 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	if err == nil {
 		v.Filesystem = content.Type
 		err = a.recordAdopted(rec, v)
+	}
+	if err == nil {
+		a.audit(Event{Kind: EventVolumeAdopted, Volume: *v, Device: act.Device.Device, Key: rec, RequestID: key.RequestID(), Reason: act.Reason})
+		act.told = true
 	}
 	if err != nil {
 		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))

@@ -70,6 +70,7 @@ type Config struct {
 	CallTimeout   time.Duration  // of one request
 	Workqueues    string         // dm-crypt's work queues: "auto" (none for writes to disks that do not rotate), "on", "off"
 	StateDir      string         // where the records are
+	AuditLog      string         // the file of security events
 	AllowedKeys   []string       // ARNs of keys whose volumes may be adopted, beside KMSKey
 	DeviceWait    time.Duration  // how long a run waits for volumes that are not there; 0: not at all
 	MultiAttach   MultiAttach    //
@@ -154,6 +155,7 @@ func defaultConfig(path string) Config {
 		CallTimeout:   10 * time.Second,
 		Workqueues:    "auto",
 		StateDir:      DefaultStateDir,
+		AuditLog:      "/var/log/luks-kms-agent/audit.jsonl",
 		DeviceWait:    30 * time.Second,
 		MultiAttach:   MultiAttachRefuse,
 	}
@@ -279,6 +281,7 @@ func (p *parser) top(n *yaml.Node) error {
 		"call_timeout":   p.duration("call_timeout", &c.CallTimeout, time.Second),
 		"workqueues":     oneOf(p, "workqueues", &c.Workqueues, "auto", "on", "off"),
 		"state_dir":      p.text("state_dir", &c.StateDir),
+		"audit_log":      p.text("audit_log", &c.AuditLog),
 		"allowed_keys":   p.texts("allowed_keys", &c.AllowedKeys),
 		"device_wait":    p.duration("device_wait", &c.DeviceWait, 0),
 		"multi_attach":   oneOf(p, "multi_attach", &c.MultiAttach, string(MultiAttachRefuse), string(MultiAttachAllow)),
@@ -417,6 +420,32 @@ func (p *parser) check() error {
 	}
 	if automaticMountPoint.MatchString("/" + strings.Split(dir, "/")[1]) {
 		return p.fail(p.lines["state_dir"], "state_dir %s lies under a mount point of a volume that only its records can open", dir)
+	}
+	return p.checkAuditLog()
+}
+
+// checkAuditLog wants a place that is there before any volume is, and outlives the boot.
+func (p *parser) checkAuditLog() error {
+	c, line := &p.cfg, p.lines["audit_log"]
+	log := c.AuditLog
+	if !cleanPath(log) || filepath.Dir(log) == "/" {
+		return p.fail(line, "audit_log is %q, want a clean absolute path of a file in a directory of its own", log)
+	}
+	for _, memory := range []string{"/dev", "/proc", "/run", "/sys", "/tmp", "/var/run"} {
+		if under(log, memory) {
+			return p.fail(line, "audit_log is %q, which does not survive a reboot", log)
+		}
+	}
+	if under(log, c.StateDir) {
+		return p.fail(line, "audit_log %s lies in state_dir %s, where nothing but records may be", log, c.StateDir)
+	}
+	for _, v := range c.Volumes {
+		if v.MountPoint != "" && under(log, v.MountPoint) {
+			return p.fail(line, "audit_log %s lies under %s, a mount point of a volume that is not there yet when events happen", log, v.MountPoint)
+		}
+	}
+	if automaticMountPoint.MatchString("/" + strings.Split(log, "/")[1]) {
+		return p.fail(line, "audit_log %s lies under a mount point of a volume that is not there yet when events happen", log)
 	}
 	return nil
 }

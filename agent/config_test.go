@@ -55,6 +55,7 @@ retry_limit: 90s
 call_timeout: 3s
 workqueues: off
 state_dir: /srv/state
+audit_log: /srv/log/audit.jsonl
 allowed_keys:
   - `+testKey+`
 device_wait: 0s
@@ -69,7 +70,7 @@ multi_attach: allow
 		IMDSEndpoint: "http://169.254.169.254", KeyScope: ScopeVolume, Filesystem: "ext4", InstanceStore: PolicyUnlock, EBS: PolicyIgnore,
 		Volumes: []VolumeConfig{{"/dev/loop0", "/data", "xfs"}, {Name: "vol-0123456789abcdef0"}},
 		Exclude: []string{"/dev/nvme5n1"}, RetryLimit: 90 * time.Second, CallTimeout: 3 * time.Second,
-		Workqueues: "off", StateDir: "/srv/state", AllowedKeys: []string{testKey}, MultiAttach: MultiAttachAllow,
+		Workqueues: "off", StateDir: "/srv/state", AuditLog: "/srv/log/audit.jsonl", AllowedKeys: []string{testKey}, MultiAttach: MultiAttachAllow,
 	}
 	if got, want := fmt.Sprintf("%+v", cfg), fmt.Sprintf("%+v", want); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
@@ -87,7 +88,7 @@ func TestBadConfigNamesThePlaceAndWhatIsAllowed(t *testing.T) {
 		{"no key", "region: us-east-1\n", 0, "kms_key is missing"},
 		{"not a mapping", "- a\n", 1, "must be a mapping"},
 		{"not YAML", key + "region: [\n", 2, "did not find expected node content"},
-		{"unknown field", key + "kms_keys: x\n", 2, `unknown field "kms_keys" in the configuration (allowed: allowed_keys, call_timeout`},
+		{"unknown field", key + "kms_keys: x\n", 2, `unknown field "kms_keys" in the configuration (allowed: allowed_keys, audit_log, call_timeout`},
 		{"repeated field", key + "region: a\nregion: b\n", 3, `field "region" stands twice`},
 		{"unknown volume field", key + "volumes:\n  - name: /dev/loop0\n    mount: /data\n", 4, `unknown field "mount" in volumes.0 (allowed: filesystem, mount_point, name)`},
 		{"number for text", key + "region: 7\n", 2, "region must be a text"},
@@ -114,6 +115,13 @@ func TestBadConfigNamesThePlaceAndWhatIsAllowed(t *testing.T) {
 		{"relative state", key + "state_dir: keys\n", 2, "clean absolute path"},
 		{"state on a volume", key + "state_dir: /mnt1/keys\n", 2, "only its records can open"},
 		{"state on a named volume", key + "state_dir: /data/keys\nvolumes:\n  - {name: a, mount_point: /data}\n", 2, "only its records can open"},
+		{"no audit log", key + "audit_log: \"\"\n", 2, "must be a text, not empty"},
+		{"audit log in the root", key + "audit_log: /audit.jsonl\n", 2, "in a directory of its own"},
+		{"relative audit log", key + "audit_log: log/audit.jsonl\n", 2, "clean absolute path"},
+		{"audit log in memory", key + "audit_log: /run/luks/audit.jsonl\n", 2, "does not survive a reboot"},
+		{"audit log among records", key + "audit_log: /var/lib/luks-kms-agent/audit.jsonl\n", 2, "nothing but records may be"},
+		{"audit log on a volume", key + "audit_log: /mnt/log/audit.jsonl\n", 2, "is not there yet when events happen"},
+		{"audit log on a named volume", key + "audit_log: /data/audit.jsonl\nvolumes:\n  - {name: a, mount_point: /data}\n", 2, "is not there yet when events happen"},
 		{"allowed alias", key + "allowed_keys: [alias/x]\n", 2, "want key ARNs"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

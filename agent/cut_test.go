@@ -28,6 +28,7 @@ func (m *machine) copyTo(dir string) *machine {
 		fail: func(string, string) error { return nil },
 	}
 	c.cfg.StateDir = filepath.Join(dir, "state")
+	c.cfg.AuditLog = filepath.Join(dir, "log", "audit.jsonl")
 	for _, d := range m.devices {
 		d.Path = filepath.Join(dir, filepath.Base(d.Path))
 		c.devices = append(c.devices, d)

@@ -93,7 +93,7 @@ func loads(t *testing.T, i EMRImport) {
 	if err != nil || !slices.Equal([]any{got.KMSKey, got.EBS, got.InstanceStore}, []any{want.KMSKey, want.EBS, want.InstanceStore}) {
 		t.Fatalf("%v: %+v, want %+v, of\n%s", err, got, want, text)
 	}
-	if _, err := New(got, nil); err != nil {
+	if _, err := New(got, nil, Program{}); err != nil {
 		t.Fatalf("%v, of\n%s", err, text)
 	}
 }

@@ -58,11 +58,11 @@ func beKilled(path string) error {
 	}
 	m := &machine{dir: c.Dir, cfg: c.Config, devices: c.Devices, open: map[string]string{}, unfinished: map[string]bool{},
 		mounts: map[string]string{}, held: map[string]bool{}, fail: func(string, string) error { return nil }}
-	n, err := New(c.Config, zap.NewNop())
+	n, err := New(c.Config, zap.NewNop(), Program{Version: "test", Command: "killed"})
 	if err != nil {
 		return err
 	}
-	n.disks, n.maps = m, m
+	n.disks, n.maps, n.auditLog.journal = m, m, m.hear
 	var errs []error
 	if c.Rotate {
 		done, err := n.Rotate(context.Background(), nil)
@@ -114,6 +114,7 @@ func (m *machine) killAt(rotate bool, after time.Duration) (killed bool, took ti
 			m.t.Fatal(err)
 		}
 		<-ended
+		events(m.t, m.cfg.AuditLog) // what happened is there, in whole lines
 		return true, time.Since(start)
 	}
 }

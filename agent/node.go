@@ -82,11 +82,12 @@ type Node struct {
 	statusPath string
 	now        func() time.Time
 	atStep     func(step)
+	auditLog   *auditLog
 	wipeKeys   func(...*keycache.Key) error
 }
 
-// New joins the rooms for this machine. It touches nothing.
-func New(cfg Config, log *zap.Logger) (*Node, error) {
+// New joins the rooms for this machine. It touches nothing. The program is what the audit log says of who acts.
+func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 	n := &Node{
 		cfg:        cfg,
 		log:        log,
@@ -96,6 +97,7 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 		statusPath: DefaultStatusPath,
 		now:        time.Now,
 		atStep:     stepHook(),
+		auditLog:   newAuditLog(cfg.AuditLog, by, log),
 		wipeKeys:   keycache.WipeAll,
 	}
 	client, err := keycache.New(keycache.Options{
@@ -119,7 +121,7 @@ func New(cfg Config, log *zap.Logger) (*Node, error) {
 	for i, v := range cfg.Volumes {
 		named[i] = v.Name
 	}
-	n.cloud, n.disks = client, machineDisks{stateDir: cfg.StateDir, named: named}
+	n.cloud, n.disks = auditedCloud{client, n.auditLog}, machineDisks{stateDir: cfg.StateDir, named: named}
 	return n, nil
 }
 
@@ -175,7 +177,7 @@ func (kernelMapper) Announce(name string) error { return luks.Announce(name) }
 func (kernelMapper) Ready() error { return luks.Check() }
 
 // lockRecords opens the state directory for writing and keeps other commands out
-// until release is called.
+// until release is called, which also brings the audit log to the disk.
 func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error) {
 	if err := n.checkStateDir(); err != nil {
 		return nil, nil, err
@@ -193,7 +195,7 @@ func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error)
 	if err != nil {
 		return nil, nil, err
 	}
-	return store, release, nil
+	return store, func() { n.auditLog.finish(); release() }, nil
 }
 
 // checkStateDir refuses a state directory that a symlink leads somewhere else:

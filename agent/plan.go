@@ -76,6 +76,8 @@ type Action struct {
 	OpenAs string // the mapping that is open, of Format with Resume, Mount and Nothing
 	// Missing is a refusal because no disk is there; it may yet come.
 	Missing bool
+	// told says that the audit log has the event of this action.
+	told bool
 	// Replaces names the records of volumes that a stop/start took away and whose
 	// place this Format takes; they are archived first.
 	Replaces []string

@@ -93,6 +93,12 @@ func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyri
 	if rec.KeyARN == under.ARN {
 		return key, r
 	}
+	event := Event{Kind: EventDataKeyRewrapped, Key: rec, From: rec}
+	fail = func(err error) (*keycache.Key, Rewrapped) {
+		r.Err, event.Err = err, err
+		n.audit(event)
+		return nil, r
+	}
 	rewrapped, err := n.cloud.ReEncrypt(ctx, rec)
 	if err != nil {
 		return fail(err)
@@ -100,6 +106,7 @@ func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyri
 	if rewrapped.KeyARN == rec.KeyARN {
 		return key, r // the role may not ask which key an alias is
 	}
+	event.Key, event.RequestID = rewrapped, rewrapped.RequestID
 	proven, err := n.cloud.Decrypt(ctx, rewrapped)
 	if err != nil {
 		return fail(fmt.Errorf("cannot prove the rewrapped data key before it replaces the old: %w", err))
@@ -112,6 +119,8 @@ func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyri
 	if err := store.ReplaceKey(rewrapped, why); err != nil {
 		return fail(err)
 	}
+	n.audit(Event{Kind: EventRecordArchived, Key: rec, Reason: why})
+	n.audit(event)
 	n.reached(stepRewrapped)
 	n.log.Info("data key rewrapped", zap.String("key", rec.ID), zap.String("from", rec.KeyARN), zap.String("to", rewrapped.KeyARN),
 		zap.String("request", rewrapped.RequestID))
@@ -136,7 +145,10 @@ func (n *Node) rewrapToken(ctx context.Context, t target, rec keycache.KeyRecord
 	if token.KeyARN == rec.KeyARN && bytes.Equal(token.WrappedKey, rec.WrappedKey) {
 		return r
 	}
-	if r.Err = luks.ReplaceToken(ctx, t.Device.Path, rec.KeyARN, rec.WrappedKey, key); r.Err != nil {
+	r.Err = luks.ReplaceToken(ctx, t.Device.Path, rec.KeyARN, rec.WrappedKey, key)
+	n.audit(Event{Kind: EventDataKeyRewrapped, Volume: t.Volume, Device: t.Device, Key: rec, RequestID: rec.RequestID,
+		From: keycache.KeyRecord{KeyARN: token.KeyARN}, Err: r.Err})
+	if r.Err != nil {
 		return r
 	}
 	n.reached(stepReplaced)

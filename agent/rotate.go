@@ -77,6 +77,11 @@ func (n *Node) Rotate(ctx context.Context, names []string) (done []Rotated, err 
 		}
 		done[i].Took = n.now().Sub(start)
 	}
+	for i, t := range targets {
+		if done[i].Err != nil {
+			n.audit(Event{Kind: EventDataKeyRotated, Volume: done[i].Volume, Device: t.Device, Err: done[i].Err})
+		}
+	}
 	for _, p := range facts.Records.Problems {
 		done = append(done, Rotated{Err: &p})
 	}
@@ -184,6 +189,7 @@ func (r *rotation) rotate(ctx context.Context, t target, v *keycache.VolumeRecor
 		return err
 	}
 	*v = rotated
+	r.audit(Event{Kind: EventDataKeyRotated, Volume: *v, Device: t.Device, Key: rec, RequestID: next.RequestID(), From: r.records.Keys[from]})
 	r.reached(stepRotated)
 	r.log.Info("data key rotated", zap.String("volume", v.UUID), zap.String("from", from), zap.String("to", rec.ID))
 	return nil
@@ -246,7 +252,10 @@ func (r *rotation) removeOld(ctx context.Context, t target, slot int, old, next 
 	if err != nil {
 		return err
 	}
-	return luks.RemoveKeySlot(ctx, t.Device.Path, slot, next)
+	err = luks.RemoveKeySlot(ctx, t.Device.Path, slot, next)
+	r.audit(Event{Kind: EventKeySlotRemoved, Volume: t.Volume, Device: t.Device, KeySlot: &slot, RequestID: next.RequestID(),
+		Reason: "it was the old data key's", Err: err})
+	return err
 }
 
 // archiveUnused archives the key records of this instance that no volume needs: those that were replaced, by this run or by one that
@@ -268,7 +277,10 @@ func (r *rotation) archiveUnused(done []Rotated) error {
 		if needed[id] || r.records.Keys[id].InstanceID != r.instanceID {
 			continue
 		}
-		if err := r.store.ArchiveKey(id, "no volume needs it since rotate"); err != nil {
+		const why = "no volume needs it since rotate"
+		err := r.store.ArchiveKey(id, why)
+		r.audit(Event{Kind: EventRecordArchived, Key: r.records.Keys[id], Reason: why, Err: err})
+		if err != nil {
 			errs = append(errs, err)
 			continue
 		}

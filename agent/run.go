@@ -83,6 +83,7 @@ func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error), wa
 		}
 		report.Finished = n.now()
 		report.Calls = n.cloud.Calls()
+		report.AuditProblem = n.auditLog.problem()
 		if werr := writeStatus(n.statusPath, newStatus(report, err, n.lastStatus())); werr != nil {
 			n.log.Warn("cannot write the status", zap.Error(werr))
 		}
@@ -109,6 +110,9 @@ func (n *Node) carryOut(ctx context.Context, choose func(Plan) (Plan, error), wa
 		return report, err
 	}
 	n.logOutcomes(report.missing())
+	for _, o := range report.missing() {
+		n.auditOutcome(o)
+	}
 	return report, ctx.Err()
 }
 
@@ -293,6 +297,7 @@ func (n *Node) Lock(ctx context.Context, names []string) ([]Locked, error) {
 	for i, t := range targets {
 		n.step("Locking %s", t.Volume.MountPoint)
 		locked[i] = Locked{Volume: t.Volume, Device: t.Device.Path, Err: n.lockOne(ctx, connect, t.mapping)}
+		n.audit(Event{Kind: EventVolumeLocked, Volume: t.Volume, Device: t.Device.Device, Err: locked[i].Err})
 	}
 	return locked, nil
 }

@@ -49,6 +49,8 @@ type machine struct {
 	open       map[string]string // mapping name -> device path
 	unfinished map[string]bool   // of these, those without a table in use
 	mounts     map[string]string // mount point -> mapping path
+	journal    []systemd.Entry
+	taken      int // lines of the audit log that a test has looked at
 	// last is what the last sector of a new mapping begins with; the rest of both its
 	// ends is noise without a signature.
 	last string
@@ -67,6 +69,7 @@ func newMachine(t *testing.T) *machine {
 	m.cfg = defaultConfig("config.yaml")
 	m.cfg.KMSKey, m.cfg.KMSEndpoint, m.cfg.IMDSEndpoint = m.kms.ARN(), m.kms.URL(), m.imds.URL()
 	m.cfg.Filesystem, m.cfg.StateDir = "ext4", filepath.Join(m.dir, "state")
+	m.cfg.AuditLog = filepath.Join(m.dir, "log", "audit.jsonl")
 	m.cfg.RetryLimit, m.cfg.CallTimeout, m.cfg.DeviceWait = 20*time.Second, 20*time.Second, 0
 	if err := os.Mkdir(filepath.Join(m.dir, "mapper"), 0o700); err != nil {
 		t.Fatal(err)
@@ -110,11 +113,12 @@ func (m *machine) write(d volumes.Device, offset int64, data []byte) {
 // node is the agent as a new process would find the machine.
 func (m *machine) node() *Node {
 	m.t.Helper()
-	n, err := New(m.cfg, zap.NewNop())
+	n, err := New(m.cfg, zap.NewNop(), Program{Version: "test", Command: "run"})
 	if err != nil {
 		m.t.Fatal(err)
 	}
 	n.disks, n.maps, n.statusPath = m, m, filepath.Join(m.dir, "run", "status.json")
+	n.auditLog.journal = m.hear
 	n.mounts = func(context.Context) (mounter, error) { return m.mounter(), nil }
 	// Other tests use the memory of this process at the same time; it must not be searched for copies.
 	n.wipeKeys = func(keys ...*keycache.Key) error {

@@ -38,6 +38,7 @@ type Report struct {
 	InstanceID        string
 	Outcomes          []Outcome
 	Calls             keycache.Calls
+	AuditProblem      string // why events are missing in the audit log, "" where none is
 }
 
 // Failures are the errors of the report's outcomes.
@@ -59,6 +60,7 @@ type Status struct {
 	InstanceID string         `json:"instance_id,omitempty"`
 	Result     string         `json:"result"`          // "ok" or "failed"
 	Error      string         `json:"error,omitempty"` // what stopped the run as a whole
+	AuditError string         `json:"audit_error,omitempty"`
 	KMS        CallsStatus    `json:"kms"`
 	Volumes    []VolumeStatus `json:"volumes"`
 
@@ -123,8 +125,9 @@ const recoveryToken = "luks-kms-agent-recovery"
 func newStatus(r Report, err error, last Status) Status {
 	s := Status{
 		Version: statusVersion, Started: r.Started.UTC(), Finished: r.Finished.UTC(), InstanceID: r.InstanceID, Result: "ok",
-		KMS:     CallsStatus(r.Calls),
-		Volumes: []VolumeStatus{},
+		AuditError: r.AuditProblem,
+		KMS:        CallsStatus(r.Calls),
+		Volumes:    []VolumeStatus{},
 	}
 	if err != nil {
 		s.Result, s.Error = "failed", err.Error()

@@ -132,6 +132,13 @@ func TestGenerateAndDecrypt(t *testing.T) {
 	}
 
 	calls := n.kms.Calls()
+	// Each key has the id of the very call that gave it, also once it is wiped.
+	again.Wipe()
+	for i, key := range []*Key{k, again, other} {
+		if key.RequestID() != calls[i].RequestID || calls[i].RequestID == "" {
+			t.Errorf("key %d is of request %q, want %q", i, key.RequestID(), calls[i].RequestID)
+		}
+	}
 	for _, c := range calls {
 		if c.ContextSent || c.Region != kmstest.Region || c.KeyID != n.kms.ARN() {
 			t.Errorf("call %+v", c)

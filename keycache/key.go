@@ -41,8 +41,9 @@ type Key struct{ m *material }
 // material is behind a pointer so that no copy of a Key copies the key, and so
 // that fmt, which follows no pointer inside a struct, cannot reach the bytes.
 type material struct {
-	page  atomic.Pointer[[]byte]
-	unmap func([]byte) error // unix.Munmap; tests look at the page first
+	page      atomic.Pointer[[]byte]
+	unmap     func([]byte) error // unix.Munmap; tests look at the page first
+	requestID string             // no secret, and on the heap
 }
 
 // NewKey copies the 32 bytes of b to locked memory and wipes b, also when it
@@ -78,6 +79,15 @@ func (k *Key) Bytes() []byte { return k.part(0, keyLen) }
 // Passphrase returns the LUKS passphrase: 44 bytes of standard base64 without
 // a newline, nil once the key is wiped. Borrowed as Bytes is.
 func (k *Key) Passphrase() []byte { return k.part(keyLen, keyLen+passphraseLen) }
+
+// RequestID returns the id of the very KMS call that gave this key, as CloudTrail
+// has it; "" where KMS told none or the key is from elsewhere. Wipe keeps it.
+func (k *Key) RequestID() string {
+	if k == nil || k.m == nil {
+		return ""
+	}
+	return k.m.requestID
+}
 
 func (k *Key) part(from, to int) []byte {
 	if k == nil || k.m == nil {

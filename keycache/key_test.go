@@ -65,6 +65,15 @@ func TestNewKeyRefusesOtherLengthsAndWipesThem(t *testing.T) {
 	}
 }
 
+func TestKeyOfNoCallHasNoRequestID(t *testing.T) {
+	k, _ := newKey(t)
+	for _, key := range []*Key{nil, {}, k} {
+		if id := key.RequestID(); id != "" {
+			t.Errorf("%q", id)
+		}
+	}
+}
+
 func TestKeyEqual(t *testing.T) {
 	a, raw := newKey(t)
 	b, _ := newKey(t)

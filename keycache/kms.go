@@ -356,6 +356,7 @@ func (c *Client) Generate(ctx context.Context) (*Key, KeyRecord, error) {
 		if err != nil {
 			return out.ResultMetadata, &Error{Reason: ReasonInvalid, Err: err}
 		}
+		key.m.requestID = r.RequestID
 		return out.ResultMetadata, nil
 	})
 	if err != nil {
@@ -455,6 +456,7 @@ func (c *Client) Decrypt(ctx context.Context, r KeyRecord) (*Key, error) {
 		if err != nil {
 			return out.ResultMetadata, &Error{Reason: ReasonInvalid, Err: err}
 		}
+		key.m.requestID, _ = awsmiddleware.GetRequestIDMetadata(out.ResultMetadata)
 		return out.ResultMetadata, nil
 	})
 	if err != nil {

@@ -3,7 +3,10 @@ package packaging_test
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
+	"os/exec"
+	"os/user"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -57,7 +60,7 @@ func TestExampleConfiguration(t *testing.T) {
 	}
 	if config.KeyScope != least.KeyScope || config.Filesystem != least.Filesystem || config.InstanceStore != least.InstanceStore ||
 		config.EBS != least.EBS || config.RetryLimit != least.RetryLimit || config.CallTimeout != least.CallTimeout ||
-		config.Workqueues != least.Workqueues || config.StateDir != least.StateDir {
+		config.Workqueues != least.Workqueues || config.StateDir != least.StateDir || config.AuditLog != least.AuditLog {
 		t.Errorf("a default is shown wrong:\n%+v, the defaults are\n%+v", config, least)
 	}
 
@@ -82,6 +85,59 @@ func TestExampleConfiguration(t *testing.T) {
 		}
 		if !strings.Contains(doc, "| `"+f+"` |") {
 			t.Errorf("docs/configuration.md does not tell of %s", f)
+		}
+	}
+}
+
+// The drop-in is one that logrotate takes: it renames the log, makes a new one of mode 0600, and compresses at the next time.
+func TestLogrotate(t *testing.T) {
+	logrotate, err := exec.LookPath("logrotate")
+	if err != nil {
+		if logrotate, err = exec.LookPath("/usr/sbin/logrotate"); err != nil {
+			t.Fatal("install logrotate (make test-unit does)")
+		}
+	}
+	me, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	group, err := user.LookupGroupId(me.Gid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	least, err := load(t, "kms_key: alias/data")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, dir := read(t, "logrotate/luks-kms-agent"), t.TempDir()
+	if ok, err := filepath.Match(filepath.Dir(least.AuditLog)+"/*.jsonl", least.AuditLog); !ok || err != nil || !strings.Contains(text, filepath.Dir(least.AuditLog)+"/*.jsonl {") {
+		t.Errorf("the default audit log %s is not the one that is rotated:\n%s", least.AuditLog, text)
+	}
+	if !strings.Contains(text, "create 0600 root root") {
+		t.Errorf("the new file is made otherwise:\n%s", text)
+	}
+	// As who runs this, and in a directory of this test.
+	text = strings.ReplaceAll(text, filepath.Dir(least.AuditLog), dir)
+	text = strings.ReplaceAll(text, "create 0600 root root", "create 0600 "+me.Username+" "+group.Name)
+	if err := errors.Join(os.Chmod(dir, 0o700), os.WriteFile(filepath.Join(dir, "conf"), []byte(text), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	log := filepath.Join(dir, filepath.Base(least.AuditLog))
+	for i, want := range [][]string{{"audit.jsonl", "audit.jsonl.1"}, {"audit.jsonl", "audit.jsonl.1", "audit.jsonl.2.gz"}} {
+		if err := os.WriteFile(log, []byte("{}\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.Command(logrotate, "--force", "--state", filepath.Join(dir, "state"), filepath.Join(dir, "conf")).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		files, err := filepath.Glob(filepath.Join(dir, "audit*"))
+		for i := range files {
+			files[i] = filepath.Base(files[i])
+		}
+		info, errStat := os.Stat(log)
+		if err := errors.Join(err, errStat); err != nil || !slices.Equal(files, want) || info.Mode().Perm() != 0o600 || info.Size() != 0 {
+			t.Errorf("rotation %d: %v (%v), %v", i+1, files, err, info)
 		}
 	}
 }

@@ -1,4 +1,4 @@
-// Package systemd is the agent's side of the service manager: it tells systemd how the run goes (sd_notify), and mounts and
+// Package systemd is the agent's side of the service manager: it tells systemd how the run goes (sd_notify), writes to its journal, and mounts and
 // unmounts so that systemd orders it. The unit files luks-kms-agent.service and
 // luks-kms-agent.target lie beside it.
 //

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -23,6 +24,7 @@ type globalOptions struct {
 	logFormat string
 	verbose   bool
 	progress  *progress // nil where nobody watches
+	command   string    // that runs, as it was named: for the audit log
 }
 
 const rootLong = `luks-kms-agent encrypts the data volumes of an EC2 node with LUKS2 under a data
@@ -41,8 +43,11 @@ func newRoot(p *progress) *cobra.Command {
 
   # How the last run went, and how the volumes are now
   sudo luks-kms-agent status`,
-		Args:          args(cobra.NoArgs),
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		PersistentPreRun: func(cmd *cobra.Command, _ []string) {
+			opts.command = strings.TrimPrefix(cmd.CommandPath(), "luks-kms-agent ")
+		},
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
@@ -141,7 +146,7 @@ func (o *globalOptions) nodeWith(log *zap.Logger, change func(*agent.Config)) (*
 	if change != nil {
 		change(&cfg)
 	}
-	node, err := agent.New(cfg, log)
+	node, err := agent.New(cfg, log, agent.Program{Version: version, Command: o.command})
 	if err == nil && o.progress != nil {
 		node.Progress = o.progress.tell
 	}

@@ -164,6 +164,24 @@ func inAgent() []protection {
 		{"rotate does not take over a key slot that somebody else made",
 			[]edit{{"agent/rotate.go", "if added = err == nil; !added {", "if added = true; !added {"}}, "./agent TestRotateLeavesSlotsOfOthers"},
 		{"rotate removes no key slot that the old data key does not open",
-			[]edit{{"agent/rotate.go", "if errors.Is(err, luks.ErrWrongKey) {\n\t\tr.log", "if false {\n\t\tr.log"}, {"agent/rotate.go", "if err != nil {\n\t\treturn err\n\t}\n\treturn luks.RemoveKeySlot", "return luks.RemoveKeySlot"}}, "./agent TestRotateLeavesSlotsOfOthers"},
+			[]edit{{"agent/rotate.go", "if errors.Is(err, luks.ErrWrongKey) {\n\t\tr.log", "if false {\n\t\tr.log"}, {"agent/rotate.go", "if err != nil {\n\t\treturn err\n\t}\n\terr = luks.RemoveKeySlot", "err = luks.RemoveKeySlot"}}, "./agent TestRotateLeavesSlotsOfOthers"},
+
+		// The audit log.
+		{"audit: no volume is opened without an event",
+			[]edit{{apply, "a.opened(*act, keyRecord, key, act.Reason)\n", "_ = keyRecord\n"}}, "./agent TestAuditOfALife"},
+		{"audit: no data key is unwrapped without an event",
+			[]edit{{node, "auditedCloud{client, n.auditLog}", "client"}}, "./agent TestAuditIsThereAtEveryStep"},
+		{"audit: what takes away its own trace is on the disk before it is done",
+			[]edit{{"agent/audit.go", "if err == nil && e.Begun {", "if false {"}}, "./agent TestAuditOfARestoreIsDurableBeforeIt"},
+		{"audit: the log is on the disk at the end of a command",
+			[]edit{{node, "n.auditLog.finish(); release()", "release()"}}, "./agent TestAuditOfARestoreIsDurableBeforeIt"},
+		{"audit: half a line does not take the next one with it",
+			[]edit{{"agent/audit.go", "if l.torn {", "if false {"}}, "./agent TestAuditLogIsRotatedAndTorn"},
+		{"audit: a rotated log is left for the new one",
+			[]edit{{"agent/audit.go", "if there, err := os.Lstat(l.path); err != nil || !os.SameFile(there, l.opened) {", "if false {"}}, "./agent TestAuditLogIsRotatedAndTorn"},
+		{"audit: a file that others can write is not used",
+			[]edit{{"agent/audit.go", "perm&0o022 != 0 {", "false {"}}, "./agent TestFailingAuditLogStopsNothing"},
+		{"audit: a symbolic link is not followed",
+			[]edit{{"agent/audit.go", "os.O_CREATE | unix.O_NOFOLLOW |", "os.O_CREATE |"}}, "./agent TestFailingAuditLogStopsNothing"},
 	}
 }

@@ -89,7 +89,6 @@ type Node struct {
 	program    Program
 	auditLog   *auditLog
 	atStep     func(step)
-	auditLog   *auditLog
 	wipeKeys   func(...*keycache.Key) error
 }
 
@@ -116,7 +115,6 @@ func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 		program:    by,
 		auditLog:   newAuditLog(cfg.AuditLog, by, log),
 		atStep:     stepHook(),
-		auditLog:   newAuditLog(cfg.AuditLog, by, log),
 		wipeKeys:   keycache.WipeAll,
 	}
 	client, err := keycache.New(keycache.Options{

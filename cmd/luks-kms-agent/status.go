@@ -145,9 +145,6 @@ func (s screen) status(status agent.Status, now time.Time) string {
 	}
 	say(s.paint(color, verdict) + s.fill(verdict+" ", overview(status, volumes))[len(verdict):])
 	say(s.fill("", lastRun(status, now)))
-	if status.AuditError != "" {
-		say("Audit log: " + status.AuditError)
-	}
 	for _, p := range status.Problems {
 		say(s.problem("  ! ", p))
 	}

@@ -179,9 +179,6 @@ func inAgent() []protection {
 
 		// The audit log.
 		{"audit: no volume is opened without an event",
-			[]edit{{apply, "a.opened(*act, keyRecord, key, act.Reason)\n", "\n"}}, "./agent TestAuditOfALife"},
-		{"audit: no data key is unwrapped without an event",
-			[]edit{{node, "auditedCloud{client, events}", "client"}}, "./agent TestAuditIsThereAtEveryStep"},
 			[]edit{{apply, "a.opened(*act, keyRecord, key, act.Reason)\n", "_ = keyRecord\n"}}, "./agent TestAuditOfALife"},
 		{"audit: no data key is unwrapped without an event",
 			[]edit{{node, "auditedCloud{client, n.auditLog}", "client"}}, "./agent TestAuditIsThereAtEveryStep"},

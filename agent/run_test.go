@@ -226,12 +226,20 @@ func (m *machine) Path(name string) string { return filepath.Join(m.dir, "mapper
 // Open really verifies; what it then shows is a file that belongs to this very
 // key slot, so that a volume that was formatted again is another volume.
 func (m *machine) Open(_ context.Context, i *luks.Inspection, k luks.Key, o luks.OpenOptions) error {
+	return m.openBy(i, i.Verify, k, o)
+}
+
+func (m *machine) OpenRecovery(_ context.Context, i *luks.Inspection, k luks.Key, o luks.OpenOptions) error {
+	return m.openBy(i, i.VerifyRecovery, k, o)
+}
+
+func (m *machine) openBy(i *luks.Inspection, verify func(luks.Key) error, k luks.Key, o luks.OpenOptions) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err := m.fail("open", i.Path); err != nil {
 		return err
 	}
-	if err := i.Verify(k); err != nil {
+	if err := verify(k); err != nil {
 		return err
 	}
 	if m.open[o.Name] != "" {

@@ -302,7 +302,7 @@ func inTokenAndMAC() []protection {
 			check, `if json.Unmarshal(fields["keyslots"], &bound) != nil || bound == nil {`, `if json.Unmarshal(fields["keyslots"], &bound) != nil && false {`, "./luks TestWhatPassesCryptsetupAccepts"),
 		{"a token lists no keyslot that does not exist (which is judged twice for ours)", []edit{
 			{check, "if _, ok := j.meta.Keyslots[k]; !ok {\n\t\t\t\tj.refuse(\"token", "if false {\n\t\t\t\tj.refuse(\"token"},
-			{check, "if !ok {\n\t\tj.refuse(\"token %s: keyslot %s does not exist\", token, id)", "if !ok && false {\n\t\tj.refuse(\"token %s: keyslot %s does not exist\", token, id)"},
+			{check, "if !ok {\n\t\treturn []error{fmt.Errorf(\"keyslot %s does not exist\", id)}", "if !ok && false {\n\t\treturn []error{fmt.Errorf(\"keyslot %s does not exist\", id)}"},
 		}, bad + "token of a missing slot"},
 		one("a header has one token of ours",
 			check, `if ours > 1 {`, `if false {`, bad+"two tokens of ours"),
@@ -336,9 +336,9 @@ func inTokenAndMAC() []protection {
 		one("the MAC covers the version of the token",
 			token, `Version:  version,`, ``, "./luks TestMACIsAsSpecified"),
 		one("the key of the MAC comes from the data key",
-			token, `k.Bytes(), nil, macInfo`, `make([]byte, 32), nil, macInfo`, "./luks TestMACIsAsSpecified"),
+			token, `k.Bytes(), nil, info`, `make([]byte, 32), nil, info`, "./luks TestMACIsAsSpecified"),
 		one("the key of the MAC is of no other use",
-			token, `nil, macInfo, macBytes`, `nil, "", macBytes`, "./luks TestMACIsAsSpecified"),
+			token, `c.macFor(macInfo, k, version)`, `c.macFor("", k, version)`, "./luks TestMACIsAsSpecified"),
 	}
 }
 
@@ -354,11 +354,11 @@ func inOpening() []protection {
 		one("a key of another form is not used to open",
 			open, `if err := checkKey(k); err != nil {`, `if err := checkKey(k); false {`, "./luks TestOddKeysAreRefused"),
 		one("unsealing uses what was judged, not what is on the disk by then",
-			open, `c.unsealInMemory(i.area, k)`, `c.unsealInMemory(func() *os.File { f, _ := os.Open(i.Path); area, _ := copyArea(f, c.areaOffset); return area }(), k)`, "./luks TestOpenMapsWhatWasChecked"),
+			open, `i.unsealSlot(c.own(), i.area, k, mac)`, `i.unsealSlot(c.own(), func() *os.File { f, _ := os.Open(i.Path); area, _ := copyArea(f, c.areaOffset); return area }(), k, mac)`, "./luks TestOpenMapsWhatWasChecked"),
 		one("a damaged keyslot is not called a wrong key",
 			open, `case wrongKey && macHolds:`, `case false:`, "./luks TestDamagedKeyslot"),
 		one("the unsealed volume is held against what was judged",
-			open, `if err := c.compare(v); err != nil {`, `if err := c.compare(v); false {`, compare),
+			open, `if err := i.checked.compare(v); err != nil {`, `if err := i.checked.compare(v); false {`, compare),
 		one("the unsealed volume has the cipher that was judged",
 			open, `v.StorageEncryption != cipher, `, ``, compare),
 		one("the unsealed volume has the UUID that was judged",

@@ -56,7 +56,7 @@ func newRoot() *cobra.Command {
 	flags.StringVar(&opts.logFormat, "log-format", "console", "log as `console` or json")
 	flags.BoolVarP(&opts.verbose, "verbose", "v", false, "log each step (always so under systemd)")
 	root.AddCommand(
-		newRun(opts), newPlan(opts), newStatus(opts), newUnlock(opts), newLock(opts), newRewrap(opts), newInspect(), newVersion(),
+		newRun(opts), newPlan(opts), newStatus(opts), newUnlock(opts), newLock(opts), newRewrap(opts), newRecoveryKey(opts), newInspect(), newVersion(),
 	)
 	return root
 }

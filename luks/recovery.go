@@ -302,9 +302,6 @@ func RemoveUnnamedSlot(ctx context.Context, path string, slot int, k Key) error 
 func RemoveRecoverySlot(ctx context.Context, path string, id int, k Key) error {
 	err := removeSlot(ctx, path, k, func(i *Inspection) (int, error) {
 		token, err := i.recoveryToken(id)
-		if err == nil && token.Problem != "" && token.Keyslot >= 0 {
-			err = &HeaderError{path, []string{fmt.Sprintf("token %d: %s", id, token.Problem)}}
-		}
 		return token.Keyslot, err
 	})
 	if err != nil {
@@ -380,10 +377,14 @@ func removeRecoveryToken(ctx context.Context, path string, id int, k Key) error 
 	return flush(path)
 }
 
-// recoveryToken finds a recovery token by its id.
+// recoveryToken finds a recovery token that may be removed by its id: not one that does not say which slot it names, nor one whose slot is
+// not a recovery key's.
 func (i *Inspection) recoveryToken(id int) (RecoveryToken, error) {
 	for _, t := range i.Header.Recovery {
-		if t.ID == id {
+		switch malformed := t.MAC == nil; {
+		case t.ID == id && t.Problem != "" && (malformed || t.Keyslot >= 0):
+			return t, &HeaderError{i.Path, []string{fmt.Sprintf("token %d: %s", id, t.Problem)}}
+		case t.ID == id:
 			return t, nil
 		}
 	}

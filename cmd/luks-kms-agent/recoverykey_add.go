@@ -93,12 +93,12 @@ const quiet = 4
 
 // drawQR draws two rows of a QR code in one line of text, dark on light whatever the colours of the terminal are.
 func drawQR(w io.Writer, code *qr.QrCode) error {
-	size := code.GetSize()
+	size := code.Size()
 	for y := -quiet; y < size+quiet; y += 2 {
 		line := "\x1b[30;47m"
 		for x := -quiet; x < size+quiet; x++ {
-			// Outside of the code GetModule says light.
-			switch top, bottom := code.GetModule(x, y), code.GetModule(x, y+1); {
+			// Outside of the code Module says light.
+			switch top, bottom := code.Module(x, y), code.Module(x, y+1); {
 			case top && bottom:
 				line += "█"
 			case top:

@@ -21,8 +21,8 @@ const RecoveryTokenType = "luks-kms-agent-recovery"
 const (
 	recoveryVersion = 1
 	recoveryInfo    = "luks-kms-agent recovery token mac v1"
-	// maxRecovery is how many recovery keys are tried: a replacement that was cut leaves two.
-	maxRecovery = 2
+	// maxTried is how many slots are tried where no MAC holds: more cost only time.
+	maxTried = 2
 
 	recoveryKeyBytes  = 20
 	recoveryTextBytes = 47
@@ -142,8 +142,6 @@ func (i *Inspection) unsealRecovery(r Key) (*luksgo.Volume, error) {
 	}
 	c, tokens := i.checked, i.Header.Recovery
 	switch {
-	case len(tokens) > maxRecovery:
-		return nil, &HeaderError{i.Path, []string{fmt.Sprintf("there are %d %s tokens", len(tokens), RecoveryTokenType)}}
 	case len(c.recovery) == 0 && len(tokens) > 0:
 		return nil, &HeaderError{i.Path, []string{fmt.Sprintf("token %d: %s", tokens[0].ID, tokens[0].Problem)}}
 	case len(tokens) == 0:
@@ -153,10 +151,11 @@ func (i *Inspection) unsealRecovery(r Key) (*luksgo.Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The one that the key is for, as its MAC tells, else each: a key that opens a slot though no MAC holds is a tampered header.
-	places := c.recovery
-	if n := slices.IndexFunc(places, func(p place) bool { return hmac.Equal(mac, p.mac) }); n >= 0 {
-		places = places[n : n+1]
+	// The one that the key is for, as its MAC tells; replacements that were cut leave several. Where no MAC holds, a key that opens a
+	// slot all the same tells a tampered header from a wrong key.
+	places := c.recovery[:min(len(c.recovery), maxTried)]
+	if n := slices.IndexFunc(c.recovery, func(p place) bool { return hmac.Equal(mac, p.mac) }); n >= 0 {
+		places = c.recovery[n : n+1]
 	}
 	for _, p := range places {
 		v, err := i.unsealRecoverySlot(p, r, mac)

@@ -381,6 +381,15 @@ func inKeycache() []protection {
 		{"what a call and the hashes leave of a key in memory is wiped", []edit{
 			{copies, "return c.searchAll()", "return nil"},
 		}, "./keycache TestWipeAllLeavesNothingOfACall"},
+		{"a typo in a recovery key is found", []edit{
+			{"keycache/recovery.go", "&& check(g, group[:last]) == group[last]", ""},
+		}, "./keycache TestRecoveryKeyTypos"},
+		{"groups of a recovery key that changed places are found", []edit{
+			{"keycache/recovery.go", "c := byte(g)\n", "c := byte(0)\n"},
+		}, "./keycache TestRecoveryKeyTypos"},
+		{"the text of a recovery key is wiped where it was read", []edit{
+			{"keycache/recovery.go", "\tdefer clear(text)\n", ""},
+		}, "./keycache TestParsedTextIsWiped"},
 		{"ProtectMemory makes the process undumpable", []edit{{protect, "unix.PR_SET_DUMPABLE, 0,", "unix.PR_SET_DUMPABLE, 1,"}}, "./keycache TestProtectMemory"},
 		{"ProtectMemory turns core dumps off", []edit{
 			{protect, "err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})", "err := error(nil)"},

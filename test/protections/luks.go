@@ -3,7 +3,7 @@ package main
 import "slices"
 
 func inLuks() []protection {
-	return slices.Concat(inHeaderCopies(), inStrictCheck(), inKeyslotCheck(), inTokenAndMAC(), inOpening(), inHeaderWrites())
+	return slices.Concat(inHeaderCopies(), inStrictCheck(), inKeyslotCheck(), inTokenAndMAC(), inOpening(), inHeaderWrites(), inRecovery())
 }
 
 // inHeaderCopies: how the two copies of a header are read, and what is made of what is there.
@@ -482,5 +482,46 @@ func inHeaderWrites() []protection {
 			program, `return printable([]byte(strings.Join(strings.Fields(string(l.b)), " ")))`, `return strings.Join(strings.Fields(string(l.b)), " ")`, "./luks TestCryptsetupExitCodes"),
 		one("a program is not looked for in a relative directory",
 			program, `if !filepath.IsAbs(dir) {`, `if false {`, "./luks TestFindProgram"),
+	}
+}
+
+// inRecovery: recovery keys, which open a volume without the data key.
+func inRecovery() []protection {
+	const (
+		recovery = "luks/recovery.go"
+		check    = "luks/check.go"
+		attacks  = "./luks TestRecoveryAttacks/"
+		result   = "./luks TestRecoveryChecksTheResult/"
+		refuses  = "./luks TestRemoveRecoveryRefuses/"
+	)
+	return []protection{
+		one("a header that does not pass is not opened by a recovery key",
+			recovery, `if err := i.refusal(); err != nil {`, `if err := i.refusal(); i.checked == nil {`, "./luks TestRecoveryIsCut"),
+		one("a recovery key opens only what the MAC of its token holds for",
+			recovery, `return i.unsealSlot(p, area, r, mac)`, `return i.unsealSlot(p, area, r, p.mac)`, attacks+"data moved"),
+		one("the slot of a recovery key is bounded as the data key's is",
+			check, `case len(errs) > 0:`, `case false:`, attacks+"endless slot"),
+		one("the slot of another token is not a recovery key's",
+			check, `case named[id] > 1:`, `case false:`, refuses+"the data key's slot"),
+		one("the MAC of a recovery token is not the data key's",
+			recovery, `c.macFor(recoveryInfo, r, recoveryVersion)`, `c.macFor(macInfo, r, recoveryVersion)`, "./luks TestRecoveryKey"),
+		one("a new slot is proven before it counts",
+			recovery, `if err := testPassphrase(ctx, path, slot, r.Passphrase()); err != nil {`, `if err := testPassphrase(ctx, path, slot, r.Passphrase()); false {`, result+"no slot"),
+		one("a new slot is the only thing that is new",
+			recovery, `if !slices.Equal(want, before.Header.Keyslots) ||`, `if`, result+"two slots"),
+		one("a new recovery token is the one that was asked for",
+			recovery, `if !reflect.DeepEqual(after.Header.Recovery, want) ||`, `if`, result+"no token"),
+		one("a slot that is still there is not called removed",
+			recovery, `if !slices.Equal(after.Header.Keyslots, want) || !same`, `if !same`, result+"slot not gone"),
+		one("nothing is written to a header of which a copy is damaged",
+			recovery, `if i.PrimaryDamaged || i.SecondaryDamaged {`, `if false {`, result+"one header copy"),
+		one("a key slot is removed only where the data key opens the volume",
+			recovery, `if err := i.verify(k); err != nil {`, `if err := i.verify(k); false {`, refuses+"another key"),
+		one("a recovery token is not removed before its slot",
+			recovery, `case token.Keyslot >= 0:`, `case false:`, "./luks TestRecoveryKey"),
+		one("a recovery token that cannot be read is not removed, nor is a slot for it",
+			recovery, `(malformed || t.Keyslot >= 0)`, `(malformed && false || t.Keyslot >= 0)`, refuses+"malformed"),
+		one("only a slot that no token names is removed without a token",
+			recovery, "if !slices.Contains(i.Header.Unnamed, slot) {\n\t\t\treturn 0", "if false {\n\t\t\treturn 0", "./luks TestRecoverySlotWithoutToken"),
 	}
 }

@@ -79,7 +79,7 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &typo):
+	case errors.As(err, &usage), errors.As(err, &config), errors.As(err, &typo), errors.As(err, &unknown):
 		return exitUsage
 	case errors.As(err, &there), errors.Is(err, luks.ErrNoRecoveryKey), errors.Is(err, luks.ErrWrongRecoveryKey):
 		return exitRefused

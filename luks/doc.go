@@ -80,6 +80,7 @@
 //     still check that it is willing to use the ARN before it calls KMS with it;
 //   - label and subsystem, which are names, and persistent flags, of which only those on a list are accepted. An attacker can
 //     set allow-discards there, which would show which blocks are in use, but neither content nor control.
+//
 // # Recovery keys
 //
 // A recovery key opens a key slot of its own, without KMS. The slot is made as the data key's is, pbkdf2 with 1000 iterations: the passphrase

@@ -563,7 +563,7 @@ func (j *judgement) recoverySlot(r *RecoveryToken, named map[string]int) {
 	switch errs := j.computed(id); {
 	case r.Problem != "":
 	case r.Keyslot < 0:
-		r.Problem = "it names no keyslot: the removal of the recovery key was cut"
+		r.Problem = "it names no keyslot: a removal was cut, or somebody removed the slot"
 	case named[id] > 1:
 		r.Problem = fmt.Sprintf("keyslot %s is another token's too", id)
 	case len(errs) > 0:

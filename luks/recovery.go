@@ -199,7 +199,7 @@ func addRecoverySlot(ctx context.Context, path string, k, r Key) (int, error) {
 	if err := checkRecoveryKey(r); err != nil {
 		return 0, err
 	}
-	before, err := inspectWhole(path, k)
+	before, err := inspectToWrite(path, k)
 	if err != nil {
 		return 0, err
 	}
@@ -240,7 +240,7 @@ func addRecoveryToken(ctx context.Context, path string, slot int, k, r Key, crea
 	if err := checkRecoveryKey(r); err != nil {
 		return err
 	}
-	before, err := inspectWhole(path, k)
+	before, err := inspectToWrite(path, k)
 	if err != nil {
 		return err
 	}
@@ -311,7 +311,7 @@ func RemoveRecoverySlot(ctx context.Context, path string, id int, k Key) error {
 
 // removeSlot removes the slot that choose returns, -1 for none, and proves that everything else is as it was.
 func removeSlot(ctx context.Context, path string, k Key, choose func(*Inspection) (int, error)) error {
-	before, err := inspectWhole(path, k)
+	before, err := inspectToWrite(path, k)
 	if err != nil {
 		return err
 	}
@@ -349,7 +349,7 @@ func RemoveRecoveryToken(ctx context.Context, path string, id int, k Key) error 
 }
 
 func removeRecoveryToken(ctx context.Context, path string, id int, k Key) error {
-	before, err := inspectWhole(path, k)
+	before, err := inspectToWrite(path, k)
 	if err != nil {
 		return err
 	}
@@ -390,8 +390,9 @@ func (i *Inspection) recoveryToken(id int) (RecoveryToken, error) {
 	return RecoveryToken{}, ErrNoRecoveryKey
 }
 
-// inspectWhole inspects a volume that is to be written to, and wants the data key to open it and both header copies to be sound.
-func inspectWhole(path string, k Key) (*Inspection, error) {
+// inspectToWrite inspects a volume that is to be written to, and wants the data key to open it and the primary header copy to be sound. A
+// secondary that is damaged or older is what a cut leaves; cryptsetup writes it again before anything else.
+func inspectToWrite(path string, k Key) (*Inspection, error) {
 	i, err := inspectPath(path)
 	if err != nil {
 		return nil, err
@@ -399,10 +400,19 @@ func inspectWhole(path string, k Key) (*Inspection, error) {
 	if err := i.verify(k); err != nil {
 		return nil, err
 	}
-	if i.PrimaryDamaged || i.SecondaryDamaged {
-		return nil, &HeaderError{path, []string{"a header copy is damaged"}}
+	if i.PrimaryDamaged {
+		return nil, &HeaderError{path, []string{"the primary header copy is damaged"}}
 	}
 	return i, nil
+}
+
+// inspectWhole is inspectToWrite of what was written: both header copies have to be sound.
+func inspectWhole(path string, k Key) (*Inspection, error) {
+	i, err := inspectToWrite(path, k)
+	if err == nil && i.SecondaryDamaged {
+		return nil, &HeaderError{path, []string{"a header copy is damaged"}}
+	}
+	return i, err
 }
 
 // sameButRecovery tells whether two headers say the same in everything but key slots and recovery tokens.

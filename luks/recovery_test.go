@@ -193,6 +193,24 @@ func TestRecoveryIsCut(t *testing.T) {
 			} else if err != nil && !errors.Is(err, ErrNoRecoveryKey) && !errors.As(err, &header) {
 				t.Errorf("write %d, cut at %d: %v", n, at, err)
 			}
+			// It can be done again; where the primary is torn, after a run has restored it.
+			if i.PrimaryDamaged {
+				state := content(t, path)
+				if _, err := AddRecoverySlot(t.Context(), path, rightKey(), recoveryKey(9)); err == nil || !bytes.Equal(content(t, path), state) {
+					t.Errorf("write %d, cut at %d: written to a header of which the primary is torn", n, at)
+				}
+				continue
+			}
+			slot, err := AddRecoverySlot(t.Context(), path, rightKey(), recoveryKey(9))
+			if err == nil {
+				err = AddRecoveryToken(t.Context(), path, slot, rightKey(), recoveryKey(9), created)
+			}
+			if err == nil {
+				err = inspected(t, path).VerifyRecovery(recoveryKey(9))
+			}
+			if err != nil {
+				t.Errorf("write %d, cut at %d, again: %v", n, at, err)
+			}
 		}
 	}
 }

@@ -57,10 +57,15 @@ func runRecoveryKeyAdd(cmd *cobra.Command, opts *globalOptions, add recoveryAddO
 	results, err := node.AddRecovery(cmd.Context(), names, add.replace, func(k *keycache.Key) error {
 		return showRecoveryKey(out, k, add.qr)
 	})
+	added := false
 	for _, r := range results {
 		if r.Err == nil && err == nil {
 			fmt.Fprintf(cmd.ErrOrStderr(), "added to %s (%s), key slot %d\n", r.Volume.UUID, r.Device, r.Slot)
+			added = true
 		}
+	}
+	if added {
+		fmt.Fprintln(cmd.ErrOrStderr(), "Write the key down now, it is not shown again; try what you wrote with `luks-kms-agent recovery-key test`; then back up the headers again.")
 	}
 	return failures(append(recoveryErrors(results), nonNil(err)...))
 }

@@ -204,7 +204,7 @@ func (n *Node) ListRecovery(ctx context.Context, names []string) (results []Reco
 }
 
 // TestRecovery tells which volumes a recovery key would open. It asks neither KMS nor
-// IMDS, and maps nothing. The key stays the caller's until it is wiped here.
+// IMDS, maps nothing, and wipes the key.
 func (n *Node) TestRecovery(ctx context.Context, k *keycache.Key, names []string) (results []RecoveryResult, err error) {
 	defer n.wipeRecovery(k)
 	targets, err := n.withoutKMS(ctx, names)

@@ -38,6 +38,8 @@ var owners = map[string]string{
 	"github.com/coreos/go-systemd": "systemd",
 	"github.com/godbus/":           "systemd",
 	"github.com/spf13/":            "cmd",
+	"github.com/piglig/":           "cmd",
+	"golang.org/x/term":            "cmd",
 }
 
 // Packages for tests, which are not to be linked into the program.

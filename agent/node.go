@@ -49,6 +49,8 @@ type disks interface {
 type mapper interface {
 	// Open verifies the header and the key, and maps the volume.
 	Open(context.Context, *luks.Inspection, luks.Key, luks.OpenOptions) error
+	// OpenRecovery is Open by a recovery key.
+	OpenRecovery(context.Context, *luks.Inspection, luks.Key, luks.OpenOptions) error
 	Close(ctx context.Context, name string) error
 	// CloseUnfinished removes a mapping that a killed run left without a table in use.
 	CloseUnfinished(ctx context.Context, name string) error
@@ -179,6 +181,10 @@ type kernelMapper struct{}
 
 func (kernelMapper) Open(ctx context.Context, i *luks.Inspection, k luks.Key, o luks.OpenOptions) error {
 	return i.Open(ctx, k, o)
+}
+
+func (kernelMapper) OpenRecovery(ctx context.Context, i *luks.Inspection, k luks.Key, o luks.OpenOptions) error {
+	return i.OpenRecovery(ctx, k, o)
 }
 
 func (kernelMapper) Path(name string) string { return "/dev/mapper/" + name }

@@ -234,13 +234,21 @@ var volumeKeyDigest = regexp.MustCompile(`"digest":"[^"]*"`)
 // Open really verifies; what it then shows is a file that belongs to this very
 // volume key, so that a volume that was formatted again is another volume.
 func (m *machine) Open(_ context.Context, i *luks.Inspection, k luks.Key, o luks.OpenOptions) error {
+	return m.openBy(i, i.Verify, k, o)
+}
+
+func (m *machine) OpenRecovery(_ context.Context, i *luks.Inspection, k luks.Key, o luks.OpenOptions) error {
+	return m.openBy(i, i.VerifyRecovery, k, o)
+}
+
+func (m *machine) openBy(i *luks.Inspection, verify func(luks.Key) error, k luks.Key, o luks.OpenOptions) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err := m.fail("open", i.Path); err != nil {
 		return err
 	}
 	o.Unsealing()
-	if err := i.Verify(k); err != nil {
+	if err := verify(k); err != nil {
 		return err
 	}
 	o.Unsealed()

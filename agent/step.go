@@ -41,6 +41,12 @@ const (
 	stepSecondaryBack step = "the secondary header is restored from a backup"
 	stepHeaderBack    step = "the header is restored from a backup"
 
+	stepRecoverySlot      step = "the slots of the recovery key are proven"
+	stepRecoveryShown     step = "the recovery key is shown"
+	stepRecoveryToken     step = "the recovery token is written"
+	stepRecoverySlotGone  step = "the slot of a recovery key is removed"
+	stepRecoveryTokenGone step = "the token of a recovery key is removed"
+
 	stepWipeIntent   step = "the record says wiping"
 	stepSlotsWiped   step = "the key slots are wiped"
 	stepHeaderWiped  step = "both header copies are wiped"

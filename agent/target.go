@@ -23,11 +23,38 @@ type target struct {
 // targets finds the ready volumes of this instance that the names mean, in order of UUID; no name means all. A volume is named
 // as for [Node.Lock]. A name that none of them has is an *[UnknownVolumeError].
 func (f Facts) targets(names []string) ([]target, error) {
-	var chosen []target
+	chosen, unknown := f.recorded(names, func(v keycache.VolumeRecord) bool { return v.InstanceID == f.InstanceID })
+	if len(unknown) > 0 {
+		return nil, &UnknownVolumeError{Name: unknown[0]}
+	}
+	return chosen, nil
+}
+
+// anyTargets is targets for volumes of whatever instance, and for disks without a record, which have to be named, by device or LUKS UUID.
+func (f Facts) anyTargets(names []string) ([]target, error) {
+	chosen, unknown := f.recorded(names, func(keycache.VolumeRecord) bool { return true })
+	for _, name := range unknown {
+		i := slices.IndexFunc(f.Devices, func(d DeviceFacts) bool {
+			return d.Is(name) || d.Header != nil && d.Header.Header != nil && d.Header.Header.UUID == name
+		})
+		if i < 0 {
+			return nil, &UnknownVolumeError{Name: name}
+		}
+		t := target{Device: f.Devices[i].Device}
+		if len(t.Device.Uses) > 0 {
+			t.err = &RefusedError{Refusal: RefusedContent, Device: t.Device.Path, Reason: "it is in use: " + t.Device.Uses[0].Evidence}
+		}
+		chosen = append(chosen, t)
+	}
+	return chosen, nil
+}
+
+// recorded finds ready volumes by their records, and which names mean none of them.
+func (f Facts) recorded(names []string, may func(keycache.VolumeRecord) bool) (chosen []target, unknown []string) {
 	found := map[string]bool{}
 	for _, uuid := range sortedKeys(f.Records.Volumes) {
 		v := f.Records.Volumes[uuid]
-		if v.InstanceID != f.InstanceID || v.State != keycache.StateReady {
+		if !may(v) || v.State != keycache.StateReady {
 			continue
 		}
 		t := f.locate(v)
@@ -42,10 +69,7 @@ func (f Facts) targets(names []string) ([]target, error) {
 			chosen = append(chosen, t)
 		}
 	}
-	if i := slices.IndexFunc(names, func(name string) bool { return !found[name] }); i >= 0 {
-		return nil, &UnknownVolumeError{Name: names[i]}
-	}
-	return chosen, nil
+	return chosen, slices.DeleteFunc(slices.Clone(names), func(name string) bool { return found[name] })
 }
 
 // locate finds the disk of a volume: by its open mapping, or by the header on it.
@@ -67,7 +91,8 @@ func (f Facts) locate(v keycache.VolumeRecord) target {
 	return t
 }
 
-// inspectTarget reads the header of a target again and wants it to pass the check, to have a token and to be that of the volume.
+// inspectTarget reads the header of a target again and wants it to pass the check, to have a token and to be that of the volume,
+// if that is recorded.
 func (n *Node) inspectTarget(t target) (*luks.Inspection, error) {
 	if t.err != nil {
 		return nil, t.err
@@ -81,7 +106,7 @@ func (n *Node) inspectTarget(t target) (*luks.Inspection, error) {
 	}
 	reasons := slices.Clone(header.Reasons)
 	switch {
-	case header.Header == nil || header.Header.UUID != t.Volume.UUID:
+	case header.Header == nil || t.Volume.UUID != "" && header.Header.UUID != t.Volume.UUID:
 		reasons = append(reasons, "it is not the header of volume "+t.Volume.UUID)
 	case header.Header.Token == nil:
 		reasons = append(reasons, "it has no luks-kms-agent token")

@@ -47,7 +47,7 @@ const (
 	minDistinct = 6
 	// blockLen is how much memory is looked at at once, in bytes.
 	blockLen = 64 << 10
-	// formsLen is the room that the forms of one key take, in bytes.
+	// formsLen is the room that the forms of one key take, in bytes; a recovery key's take less.
 	formsLen = keyLen + 3*passphraseLen
 	// pairs is how many pairs of bytes there are.
 	pairs = 1 << 16
@@ -142,7 +142,7 @@ func (c *copies) lookFor(secret []byte, pad byte, room []byte) []byte {
 				distinct++
 			}
 		}
-		if distinct < minDistinct {
+		if distinct < minDistinct || len(piece) < windowLen { // the last 4 bytes of a recovery key
 			continue
 		}
 		last := piece[len(piece)-1]

@@ -53,6 +53,10 @@ func childCopies(string) error {
 	if err != nil {
 		return err
 	}
+	recovery, err := NewRecoveryKey()
+	if err != nil {
+		return err
+	}
 	passphrase := bytes.Clone(k.Passphrase())
 	xored := func(pad byte) []byte {
 		b := bytes.Clone(passphrase)
@@ -70,7 +74,7 @@ func childCopies(string) error {
 	}
 	defer func() { _ = unix.Munmap(mapping) }()
 	planted := map[string][]byte{
-		"raw": raw, "passphrase": passphrase, "inner pad": xored(innerPad), "outer pad": xored(outerPad), "other": second,
+		"raw": raw, "passphrase": passphrase, "inner pad": xored(innerPad), "outer pad": xored(outerPad), "other": second, "recovery": bytes.Clone(recovery.Passphrase()), "most of the recovery key's bytes": bytes.Clone(recovery.Bytes()[:16]),
 		"first half": bytes.Clone(raw[:16]), "second half": bytes.Clone(raw[16:]), "end of the passphrase": bytes.Clone(passphrase[32:]),
 		"in JSON": append([]byte(`{"Plaintext":"`), passphrase...)[len(`{"Plaintext":"`):],
 	}
@@ -80,7 +84,7 @@ func childCopies(string) error {
 	innocent := bytes.Repeat([]byte("nobody's key, sixteen or more bytes of it. "), 100)
 	zeros, kept := mapping[2*page:3*page], bytes.Clone(innocent)
 
-	if err := WipeAll(k, other, nil); err != nil {
+	if err := WipeAll(k, other, recovery, nil); err != nil {
 		return err
 	}
 	for name, b := range planted {

@@ -15,6 +15,11 @@
 // "aws kms decrypt --query Plaintext --output text" prints. A [Key] lives in
 // its own locked mapping outside the Go heap and prints as [key] everywhere.
 //
+// A recovery key is not KMS's: 160 random bits that this package makes, writes as
+// text for people and reads back ([NewRecoveryKey], [ParseRecoveryKey]). It is here, and
+// not in luks, because it is a secret in memory as a data key is: the same locked
+// pages, the same redaction, the same search for copies.
+//
 // While a key is used there are copies of it that nobody can reach to wipe: the
 // JSON text of KMS's answer, TLS's buffers, what hashes keep. [ProtectMemory],
 // called first, keeps them where they are, and [WipeAll], at the end, searches

@@ -26,8 +26,9 @@ const (
 // errKeyLength reports a key that does not have keyLen bytes.
 var errKeyLength = errors.New("a data key has 32 bytes")
 
-// Key is a 32-byte data key and its 44-byte passphrase in a page of their own,
-// locked into memory and left out of core dumps.
+// Key is a data key of 32 bytes and its passphrase of 44, or a recovery key of 20
+// and its text of 47, in a page of their own, locked into memory and left out of
+// core dumps.
 //
 // Whoever gets a Key owns it and calls [Key.Wipe] once nothing uses it any
 // more. The other methods may run at the same time as one another, but not at
@@ -41,7 +42,9 @@ type Key struct{ m *material }
 // material is behind a pointer so that no copy of a Key copies the key, and so
 // that fmt, which follows no pointer inside a struct, cannot reach the bytes.
 type material struct {
-	page      atomic.Pointer[[]byte]
+	page      atomic.Pointer[[]byte] // the key, then its passphrase
+	keyLen    int
+	end       int                // of the passphrase
 	unmap     func([]byte) error // unix.Munmap; tests look at the page first
 	requestID string             // no secret, and on the heap
 }
@@ -54,6 +57,11 @@ func NewKey(b []byte) (*Key, error) {
 	if len(b) != keyLen {
 		return nil, fmt.Errorf("cannot take a key of %d bytes: %w", len(b), errKeyLength)
 	}
+	return lockKey(b, passphraseLen, base64.StdEncoding.Encode)
+}
+
+// lockKey copies a key to locked memory and puts its passphrase behind it.
+func lockKey(b []byte, passphraseLen int, encode func(passphrase, key []byte)) (*Key, error) {
 	page, err := unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, fmt.Errorf("cannot map memory for a key: %w", err)
@@ -65,20 +73,22 @@ func NewKey(b []byte) (*Key, error) {
 	if err := unix.Madvise(page, unix.MADV_DONTDUMP); err != nil {
 		return nil, errors.Join(fmt.Errorf("cannot keep a key out of core dumps: %w", err), unix.Munmap(page))
 	}
-	copy(page[:keyLen], b)
-	base64.StdEncoding.Encode(page[keyLen:keyLen+passphraseLen], page[:keyLen])
-	m := &material{unmap: unix.Munmap}
+	m := &material{keyLen: len(b), end: len(b) + passphraseLen, unmap: unix.Munmap}
+	copy(page, b)
+	encode(page[m.keyLen:m.end], page[:m.keyLen])
 	m.page.Store(&page)
 	return &Key{m: m}, nil
 }
 
-// Bytes returns the 32 bytes of the key, nil once it is wiped. The slice is
-// borrowed: reading it after Wipe is a fault that ends the process.
-func (k *Key) Bytes() []byte { return k.part(0, keyLen) }
+// Bytes returns the bytes of the key, 32 of a data key and 20 of a recovery key,
+// nil once it is wiped. The slice is borrowed: reading it after Wipe is a fault
+// that ends the process.
+func (k *Key) Bytes() []byte { key, _ := k.parts(); return key }
 
-// Passphrase returns the LUKS passphrase: 44 bytes of standard base64 without
-// a newline, nil once the key is wiped. Borrowed as Bytes is.
-func (k *Key) Passphrase() []byte { return k.part(keyLen, keyLen+passphraseLen) }
+// Passphrase returns the LUKS passphrase, nil once the key is wiped: of a data key
+// 44 bytes of standard base64 without a newline, of a recovery key its text.
+// Borrowed as Bytes is.
+func (k *Key) Passphrase() []byte { _, passphrase := k.parts(); return passphrase }
 
 // RequestID returns the id of the very KMS call that gave this key, as CloudTrail
 // has it; "" where KMS told none or the key is from elsewhere. Wipe keeps it.
@@ -89,15 +99,15 @@ func (k *Key) RequestID() string {
 	return k.m.requestID
 }
 
-func (k *Key) part(from, to int) []byte {
+func (k *Key) parts() (key, passphrase []byte) {
 	if k == nil || k.m == nil {
-		return nil
+		return nil, nil
 	}
 	page := k.m.page.Load()
 	if page == nil {
-		return nil
+		return nil, nil
 	}
-	return (*page)[from:to:to]
+	return (*page)[:k.m.keyLen:k.m.keyLen], (*page)[k.m.keyLen:k.m.end:k.m.end]
 }
 
 // Equal compares two keys in constant time. A wiped key equals nothing.

@@ -31,7 +31,7 @@ const (
 	minIterations = 1000 // cryptsetup's floor, and that of SP 800-132
 	// Of digests and of slots that are not ours. cryptsetup's default of two seconds per slot stays below on today's machines.
 	maxIterations = 1 << 25
-	// Of the token's slot and its digest, which are computed at each unlock. Format writes 1000.
+	// Of the slots of our tokens and their digest, which are computed at each unlock. Format writes 1000.
 	maxOwnIterations = 1_000_000
 
 	// cryptsetup's own limits of argon2, lib/crypto_backend/pbkdf_check.c.
@@ -160,7 +160,20 @@ type checked struct {
 	areaOffset int64       // of that slot
 	copySize   int64       // of one header copy, bytes
 	end        int64       // of the room for key slots, bytes
+	recovery   []place     // of the recovery tokens that have no problem
+	tokenIDs   []string    // of all tokens
 }
+
+// A place is a keyslot that may be opened: it is one of those that Format or we would write.
+type place struct {
+	id         int
+	slot       jsonKeyslot
+	areaOffset int64
+	mac        []byte // of the token that names it
+}
+
+// own is the place of the slot that our token names.
+func (c *checked) own() place { return place{c.token.Keyslot, c.slot, c.areaOffset, c.token.MAC} }
 
 // A span is a part of the device, bytes.
 type span struct {
@@ -254,11 +267,17 @@ func judge(c *headerCopy, deviceSize int64) (*Header, *checked, []string) {
 		token:    j.header.Token,
 		copySize: c.size,
 		end:      j.slotsEnd,
+		tokenIDs: ordered(j.meta.Tokens),
 	}
 	if ck.token != nil {
 		id := strconv.Itoa(ck.token.Keyslot)
 		ck.slot = j.meta.Keyslots[id]
 		ck.areaOffset = j.spans[id].start
+	}
+	for _, r := range j.header.Recovery {
+		if id := strconv.Itoa(r.Keyslot); r.Problem == "" {
+			ck.recovery = append(ck.recovery, place{r.Keyslot, j.meta.Keyslots[id], j.spans[id].start, r.MAC})
+		}
 	}
 	return j.header, ck, nil
 }
@@ -482,6 +501,7 @@ func (j *judgement) salt(what, text string) {
 func (j *judgement) tokens() {
 	j.ids("token", slices.Collect(maps.Keys(j.meta.Tokens)), maxTokens)
 	ours := 0
+	named := map[string]int{} // by how many tokens, keyslot by keyslot
 	for _, id := range ordered(j.meta.Tokens) {
 		raw := j.meta.Tokens[id]
 		// Not a struct: encoding/json would take "Type" for "type", and json-c does not.
@@ -501,6 +521,11 @@ func (j *judgement) tokens() {
 			if _, ok := j.meta.Keyslots[k]; !ok {
 				j.refuse("token %s: keyslot %q does not exist", id, k)
 			}
+			named[k]++
+		}
+		n, _ := strconv.Atoi(id)
+		if kind == RecoveryTokenType {
+			j.header.Recovery = append(j.header.Recovery, parseRecoveryToken(n, raw))
 		}
 		for i := range j.header.Keyslots {
 			if slot := &j.header.Keyslots[i]; slices.Contains(bound, strconv.Itoa(slot.ID)) {
@@ -511,7 +536,6 @@ func (j *judgement) tokens() {
 			continue
 		}
 		ours++
-		n, _ := strconv.Atoi(id)
 		token, err := parseToken(n, raw)
 		if err != nil {
 			j.refuse("token %s: %v", id, err)
@@ -524,28 +548,59 @@ func (j *judgement) tokens() {
 		j.header.Token = nil
 		j.refuse("there are %d luks-kms-agent tokens", ours)
 	}
+	for _, id := range ordered(j.meta.Keyslots) {
+		if n, _ := strconv.Atoi(id); named[id] == 0 {
+			j.header.Unnamed = append(j.header.Unnamed, n)
+		}
+	}
+	for i := range j.header.Recovery {
+		j.recoverySlot(&j.header.Recovery[i], named)
+	}
 }
 
-// ownSlot judges the slot that our token names, and its digest, more strictly: these two are computed.
+// ownSlot judges the slot that our token names.
 func (j *judgement) ownSlot(token, id string) {
+	for _, err := range j.computed(id) {
+		j.refuse("token %s: %v", token, err)
+	}
+}
+
+// recoverySlot notes why the slot that a recovery token names cannot be opened, or removed, by us. The header is not refused for it:
+// the data key's slot is not less sound, and a token without its slot is what a cut or plain cryptsetup leaves.
+func (j *judgement) recoverySlot(r *RecoveryToken, named map[string]int) {
+	id := strconv.Itoa(r.Keyslot)
+	switch errs := j.computed(id); {
+	case r.Problem != "":
+	case r.Keyslot < 0:
+		r.Problem = "it names no keyslot: a removal was cut, or somebody removed the slot"
+	case named[id] > 1:
+		r.Problem = fmt.Sprintf("keyslot %s is another token's too", id)
+	case len(errs) > 0:
+		r.Problem = printable([]byte(cut(errs[0].Error(), maxReason)))
+	}
+}
+
+// computed judges a slot, and the digest, more strictly than a person's: these two are computed.
+func (j *judgement) computed(id string) (wrong []error) {
 	k, ok := j.meta.Keyslots[id]
 	if !ok {
-		j.refuse("token %s: keyslot %s does not exist", token, id)
-		return
+		return []error{fmt.Errorf("keyslot %s does not exist", id)}
 	}
 	if k.KDF.Type != "pbkdf2" || k.KDF.Hash != "sha256" || k.AF.Hash != "sha256" || k.KDF.Iterations > maxOwnIterations {
-		j.refuse("token %s: keyslot %s has kdf %q with hashes %q and %q and %d iterations", token, id, k.KDF.Type, k.KDF.Hash, k.AF.Hash, k.KDF.Iterations)
+		wrong = append(wrong, fmt.Errorf("keyslot %s has kdf %q with hashes %q and %q and %d iterations", id,
+			cut(k.KDF.Type, maxQuoted), cut(k.KDF.Hash, maxQuoted), cut(k.AF.Hash, maxQuoted), k.KDF.Iterations))
 	}
 	if j.digestID == "" {
-		return // already refused
+		return wrong // already refused
 	}
 	d := j.meta.Digests[j.digestID]
 	if !slices.Contains(d.Keyslots, id) {
-		j.refuse("token %s: the digest of segment 0 does not list keyslot %s", token, id)
+		wrong = append(wrong, fmt.Errorf("the digest of segment 0 does not list keyslot %s", id))
 	}
 	if d.Iterations > maxOwnIterations {
-		j.refuse("token %s: the digest of segment 0 has %d iterations", token, d.Iterations)
+		wrong = append(wrong, fmt.Errorf("the digest of segment 0 has %d iterations", d.Iterations))
 	}
+	return wrong
 }
 
 // ids judges the names of the members of one of the header's maps: canonical numbers below limit.

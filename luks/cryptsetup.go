@@ -153,11 +153,19 @@ func luksFormat(ctx context.Context, path string, o FormatOptions, sectorSize in
 }
 
 // importToken writes a token. The JSON is no secret.
-func importToken(ctx context.Context, path string, text []byte) error {
+func importToken(ctx context.Context, path string, id int, text []byte) error {
 	return cryptsetup(ctx, text, "token", "import",
 		"--batch-mode",
-		"--token-id", "0", // fails if it is taken
+		"--token-id", fmt.Sprint(id), // fails if it is taken
 		"--json-file=-", // standard input
+		"--", path)
+}
+
+// removeToken removes a token, not its key slot.
+func removeToken(ctx context.Context, path string, id int) error {
+	return cryptsetup(ctx, nil, "token", "remove",
+		"--batch-mode",
+		"--token-id", fmt.Sprint(id),
 		"--", path)
 }
 

@@ -81,4 +81,26 @@
 //     still check that it is willing to use the ARN before it calls KMS with it;
 //   - label and subsystem, which are names, and persistent flags, of which only those on a list are accepted. An attacker can
 //     set allow-discards there, which would show which blocks are in use, but neither content nor control.
+//
+// # Recovery keys
+//
+// A recovery key opens a key slot of its own, without KMS. The slot is made as the data key's is, pbkdf2 with 1000 iterations: the passphrase
+// carries 160 random bits, so there is nothing to guess that more iterations would slow down. A token of type "luks-kms-agent-recovery" names it:
+//
+//	{
+//	  "type": "luks-kms-agent-recovery",
+//	  "keyslots": ["1"],                 one; none after a removal that was cut
+//	  "version": 1,
+//	  "created": "2026-01-31T08:15:30Z", RFC 3339, UTC
+//	  "mac": "…"                         32 bytes, standard base64 with padding
+//	}
+//
+// Its MAC is that of the token above, over the same document, but under a key of its own, so that the header can be authenticated without the
+// data key:
+//
+//	mac key = HKDF-SHA256(secret: the 20 bytes of the recovery key, no salt, info: "luks-kms-agent recovery token mac v1", 32 bytes)
+//
+// [Inspection.OpenRecovery] does all that Open does, with that MAC and that slot: the strict check, the bounds on what is computed, the minimal
+// header in memory, the comparison. A recovery token with which something is wrong ([RecoveryToken].Problem) does not keep the data key from opening
+// the volume: whoever can write it could as well remove it.
 package luks

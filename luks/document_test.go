@@ -20,3 +20,18 @@ func TestRecordsDocument(t *testing.T) {
 		t.Errorf("the example of a token: %v", err)
 	}
 }
+
+// TestRecoveryTokenInRecordsDocument does the same for the example of a recovery token.
+func TestRecoveryTokenInRecordsDocument(t *testing.T) {
+	text, err := os.ReadFile("../docs/records.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile("(?ms)^```json recovery-token\n(.*?)^```$").FindSubmatch(text)
+	if found == nil {
+		t.Fatal("there is no example of a recovery token")
+	}
+	if r := parseRecoveryToken(0, found[1]); r.Problem != "" || r.Keyslot != 1 {
+		t.Errorf("the example of a recovery token: %+v", r)
+	}
+}

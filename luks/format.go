@@ -86,7 +86,7 @@ func format(ctx context.Context, path string, o FormatOptions, k Key) error {
 	if err != nil {
 		return err
 	}
-	if err := importToken(ctx, path, text); err != nil {
+	if err := importToken(ctx, path, 0, text); err != nil {
 		return err
 	}
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,10 +16,10 @@ import (
 // Subsystem is what a header of ours carries in its subsystem field.
 const Subsystem = "luks-kms-agent"
 
-// A Key is a data key that the caller owns. Both slices are borrowed: this package neither changes nor keeps them.
+// A Key is a data key or a recovery key that the caller owns. Both slices are borrowed: this package neither changes nor keeps them.
 type Key interface {
-	Bytes() []byte      // the data key, 32 bytes
-	Passphrase() []byte // its standard base64, 44 bytes, no newline
+	Bytes() []byte      // 32 bytes of a data key, 20 of a recovery key
+	Passphrase() []byte // of a data key its standard base64, 44 bytes, no newline; of a recovery key its text, 47 bytes
 }
 
 // A Kind says what is on a device, as far as LUKS goes.
@@ -42,6 +43,16 @@ type Token struct {
 	Keyslot    int // the slot that the data key opens
 	MAC        []byte
 	Version    int
+}
+
+// A RecoveryToken is a token that names the slot of a recovery key. It is untrusted until [Inspection.VerifyRecovery] returned nil.
+type RecoveryToken struct {
+	ID      int
+	Keyslot int // -1: none, as its removal was cut
+	Created time.Time
+	MAC     []byte
+	Version int
+	Problem string // why its slot cannot be opened by us, "" if it can
 }
 
 // A Keyslot is a slot as a header describes it.
@@ -70,6 +81,8 @@ type Header struct {
 	Keyslots   []Keyslot // in order of their ids
 	Tokens     []string  // types of all tokens, in order of their ids
 	Token      *Token    // ours; nil if there is none, if it is malformed, or if there are several
+	Recovery   []RecoveryToken
+	Unnamed    []int // ids of the keyslots that no token names: passphrases, and what a cut left
 }
 
 // An Inspection is what one look at a device found.

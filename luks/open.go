@@ -77,13 +77,18 @@ func (i *Inspection) Open(ctx context.Context, k Key, o OpenOptions) error {
 }
 
 func (i *Inspection) open(ctx context.Context, k Key, o OpenOptions, dm mapper) error {
+	return i.openBy(ctx, func() (*luksgo.Volume, error) { return i.unseal(k, o.Unsealing) }, o, dm)
+}
+
+// openBy maps the volume that unseal returns when everything that Verify promises is done.
+func (i *Inspection) openBy(ctx context.Context, unseal func() (*luksgo.Volume, error), o OpenOptions, dm mapper) error {
 	if err := checkName(o.Name); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	v, err := i.unseal(k, o.Unsealing)
+	v, err := unseal()
 	if err != nil {
 		return err
 	}
@@ -186,15 +191,20 @@ func (i *Inspection) unseal(k Key, started func()) (*luksgo.Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	macHolds := hmac.Equal(mac, c.token.MAC)
+	return i.unsealSlot(c.own(), i.area, k, mac, started)
+}
 
-	v, err := c.unsealInMemory(i.area, k, started)
+// unsealSlot unseals one slot with its own area and key, and holds the MAC of its token against the one that the key makes. started is as for
+// unseal.
+func (i *Inspection) unsealSlot(p place, area *os.File, k Key, mac []byte, started func()) (*luksgo.Volume, error) {
+	macHolds := hmac.Equal(mac, p.mac)
+	v, err := i.checked.unsealInMemory(p, area, k, started)
 	wrongKey := errors.Is(err, luksgo.ErrPassphraseDoesNotMatch)
 	switch {
 	case err != nil && !wrongKey:
-		return nil, fmt.Errorf("cannot unseal keyslot %d: %w", c.token.Keyslot, err)
+		return nil, fmt.Errorf("cannot unseal keyslot %d: %w", p.id, err)
 	case wrongKey && macHolds:
-		return nil, &HeaderError{i.Path, []string{fmt.Sprintf("the key is right, as the token's MAC holds, but it does not open keyslot %d: the keyslot is damaged or was changed", c.token.Keyslot)}}
+		return nil, &HeaderError{i.Path, []string{fmt.Sprintf("the key is right, as the token's MAC holds, but it does not open keyslot %d: the keyslot is damaged or was changed", p.id)}}
 	case wrongKey:
 		return nil, ErrWrongKey
 	}
@@ -202,7 +212,7 @@ func (i *Inspection) unseal(k Key, started func()) (*luksgo.Volume, error) {
 		wipe(v)
 		return nil, &HeaderError{i.Path, []string{"the token's MAC does not hold, though the key opens the keyslot: the header was changed, or the token is another volume's"}}
 	}
-	if err := c.compare(v); err != nil {
+	if err := i.checked.compare(v); err != nil {
 		wipe(v)
 		return nil, &HeaderError{i.Path, []string{err.Error()}}
 	}
@@ -214,15 +224,15 @@ var unsealing = make(chan struct{}, runtime.GOMAXPROCS(0))
 
 // unsealInMemory lets luks.go unseal a header that is made here from judged values: one keyslot, its digest, one segment, no token.
 // It is written in front of the keyslot's area, which keeps its offset.
-func (c *checked) unsealInMemory(area *os.File, k Key, started func()) (v *luksgo.Volume, err error) {
-	slot := strconv.Itoa(c.token.Keyslot)
+func (c *checked) unsealInMemory(p place, area *os.File, k Key, started func()) (v *luksgo.Volume, err error) {
+	slot := strconv.Itoa(p.id)
 	digest := c.digest
 	digest.Keyslots = []string{slot}
 	segment := c.segment
 	// A fixed size: luks.go would take "dynamic" from the size of the file.
 	segment.Size = strconv.FormatInt(c.length, 10)
 	text, err := json.Marshal(metadata{
-		Keyslots: map[string]jsonKeyslot{slot: c.slot},
+		Keyslots: map[string]jsonKeyslot{slot: p.slot},
 		Tokens:   map[string]json.RawMessage{},
 		Segments: map[string]jsonSegment{"0": segment},
 		Digests:  map[string]jsonDigest{c.digestID: digest},
@@ -257,7 +267,7 @@ func (c *checked) unsealInMemory(area *os.File, k Key, started func()) (v *luksg
 		return nil, err
 	}
 	defer d.Close()
-	return d.UnsealVolume(c.token.Keyslot, k.Passphrase())
+	return d.UnsealVolume(p.id, k.Passphrase())
 }
 
 // compare holds what luks.go understood against what was judged.

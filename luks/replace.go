@@ -40,7 +40,7 @@ func MoveToken(ctx context.Context, path, keyARN string, wrapped []byte, slot in
 
 // replaceToken changes the token of a volume that k opens to one that next opens.
 func replaceToken(ctx context.Context, path string, k, next Key, change func(*Token)) error {
-	before, err := whole(path, k)
+	before, err := inspectToWrite(path, k)
 	if err != nil {
 		return err
 	}
@@ -69,7 +69,7 @@ func replaceToken(ctx context.Context, path string, k, next Key, change func(*To
 		return err
 	}
 
-	after, err := whole(path, next)
+	after, err := inspectWhole(path, next)
 	if err != nil {
 		return err
 	}
@@ -79,6 +79,7 @@ func replaceToken(ctx context.Context, path string, k, next Key, change func(*To
 	if token.Keyslot != was.Keyslot {
 		// Another slot is the token's now, and next opens it.
 		checked.slot, checked.areaOffset, want.area = after.checked.slot, after.checked.areaOffset, after.area
+		header.Unnamed = after.Header.Unnamed
 		if slices.EqualFunc(header.Keyslots, after.Header.Keyslots, sameButTokens) {
 			header.Keyslots = after.Header.Keyslots
 		}
@@ -94,19 +95,4 @@ func replaceToken(ctx context.Context, path string, k, next Key, change func(*To
 func sameButTokens(a, b Keyslot) bool {
 	a.Tokens, b.Tokens = nil, nil
 	return reflect.DeepEqual(a, b)
-}
-
-// whole inspects a header that k has to open and of which no copy may be damaged.
-func whole(path string, k Key) (*Inspection, error) {
-	i, err := inspectPath(path)
-	if err != nil {
-		return nil, err
-	}
-	if err := i.verify(k); err != nil {
-		return nil, err
-	}
-	if i.PrimaryDamaged || i.SecondaryDamaged {
-		return nil, &HeaderError{path, []string{reasonOneCopy}}
-	}
-	return i, nil
 }

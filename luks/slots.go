@@ -53,7 +53,7 @@ func AddKeySlot(ctx context.Context, path string, slot int, k, next Key) error {
 }
 
 func addKeySlot(ctx context.Context, path string, slot int, k, next Key) error {
-	before, err := whole(path, k)
+	before, err := inspectToWrite(path, k)
 	if err != nil {
 		return err
 	}
@@ -69,7 +69,7 @@ func addKeySlot(ctx context.Context, path string, slot int, k, next Key) error {
 	if err := luksAddKey(ctx, path, slot, k, next.Passphrase()); err != nil {
 		return err
 	}
-	after, err := whole(path, k)
+	after, err := inspectWhole(path, k)
 	if err != nil {
 		return err
 	}
@@ -94,7 +94,7 @@ func RemoveKeySlot(ctx context.Context, path string, slot int, k Key) error {
 }
 
 func removeKeySlot(ctx context.Context, path string, slot int, k Key) error {
-	before, err := whole(path, k)
+	before, err := inspectToWrite(path, k)
 	if err != nil {
 		return err
 	}
@@ -110,7 +110,7 @@ func removeKeySlot(ctx context.Context, path string, slot int, k Key) error {
 	if err := luksKillSlot(ctx, path, slot, k); err != nil {
 		return err
 	}
-	after, err := whole(path, k)
+	after, err := inspectWhole(path, k)
 	if err != nil {
 		return err
 	}
@@ -127,6 +127,7 @@ func sameBut(slot int, with, without *Inspection) bool {
 	header.SeqID = without.Header.SeqID
 	header.Keyslots = slices.DeleteFunc(slices.Clone(header.Keyslots), func(k Keyslot) bool { return k.ID == slot })
 	checked.digest.Keyslots = slices.DeleteFunc(slices.Clone(checked.digest.Keyslots), func(id string) bool { return id == fmt.Sprint(slot) })
+	header.Unnamed = slices.DeleteFunc(slices.Clone(header.Unnamed), func(id int) bool { return id == slot })
 	want.Header, want.checked = &header, &checked
 	slices.Sort(want.checked.digest.Keyslots)
 	rest := *without
@@ -134,4 +135,29 @@ func sameBut(slot int, with, without *Inspection) bool {
 	sorted.digest.Keyslots = slices.Sorted(slices.Values(sorted.digest.Keyslots))
 	rest.checked = &sorted
 	return equalHeaders(&want, &rest)
+}
+
+// inspectToWrite inspects a volume that is to be written to, and wants the data key to open it and the primary header copy to be sound. A
+// secondary that is damaged or older is what a cut leaves; cryptsetup writes it again before anything else.
+func inspectToWrite(path string, k Key) (*Inspection, error) {
+	i, err := inspectPath(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := i.verify(k); err != nil {
+		return nil, err
+	}
+	if i.PrimaryDamaged {
+		return nil, &HeaderError{path, []string{"the primary header copy is damaged"}}
+	}
+	return i, nil
+}
+
+// inspectWhole is inspectToWrite of what was written: both header copies have to be sound.
+func inspectWhole(path string, k Key) (*Inspection, error) {
+	i, err := inspectToWrite(path, k)
+	if err == nil && i.SecondaryDamaged {
+		return nil, &HeaderError{path, []string{"a header copy is damaged"}}
+	}
+	return i, err
 }

@@ -129,12 +129,15 @@ func (c *checked) document(version int) ([]byte, error) {
 }
 
 // mac computes the MAC of what was checked under the data key k.
-func (c *checked) mac(k Key, version int) ([]byte, error) {
+func (c *checked) mac(k Key, version int) ([]byte, error) { return c.macFor(macInfo, k, version) }
+
+// macFor is mac under a key that is derived for a use of its own.
+func (c *checked) macFor(info string, k Key, version int) ([]byte, error) {
 	doc, err := c.document(version)
 	if err != nil {
 		return nil, err
 	}
-	key, err := hkdf.Key(sha256.New, k.Bytes(), nil, macInfo, macBytes)
+	key, err := hkdf.Key(sha256.New, k.Bytes(), nil, info, macBytes)
 	if err != nil {
 		return nil, err
 	}

@@ -84,6 +84,8 @@ func exitCode(err error) int {
 		unready  *unreadyError
 		backup   *keycache.BackupError
 		place    *agent.BackupPlaceError
+		typo     *keycache.RecoveryKeyError
+		there    *agent.RecoveryKeyThereError
 	)
 	switch {
 	case err == nil:
@@ -101,9 +103,9 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr), errors.As(err, &place):
+	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr), errors.As(err, &place), errors.As(err, &typo):
 		return exitUsage
-	case errors.As(err, &nothing):
+	case errors.As(err, &nothing), errors.As(err, &there), errors.Is(err, luks.ErrNoRecoveryKey), errors.Is(err, luks.ErrWrongRecoveryKey):
 		return exitRefused
 	case errors.As(err, &refused):
 		switch refused.Refusal {
@@ -159,6 +161,8 @@ func hint(err error) string {
 		timeline *agent.TimelineError
 		backup   *keycache.BackupError
 		place    *agent.BackupPlaceError
+		typo     *keycache.RecoveryKeyError
+		there    *agent.RecoveryKeyThereError
 	)
 	switch {
 	case preflightHint(err) != "":
@@ -167,6 +171,14 @@ func hint(err error) string {
 		return "Give it a timeline.json that an agent of this version wrote, or none for that of the last run."
 	case errors.Is(err, agent.ErrNothingRan):
 		return "See `systemctl status luks-kms-agent`: a run that is under way writes it when it ends."
+	case errors.As(err, &typo):
+		return "It is eight groups of five characters; compare the group with what was written down. Capitals, dashes and spaces do not matter."
+	case errors.As(err, &there):
+		return "Use --replace to put a new one in its place, or `luks-kms-agent recovery-key test` to see whether yours is the one."
+	case errors.Is(err, luks.ErrNoRecoveryKey):
+		return "Run `luks-kms-agent recovery-key list` to see which volumes have one. Only while KMS gives the data key can one be added."
+	case errors.Is(err, luks.ErrWrongRecoveryKey):
+		return "It is well written, but another volume's, or was replaced. `luks-kms-agent recovery-key test` tries all volumes; `list` tells since when each has its key."
 	case errors.As(err, &usage):
 		return "Run `luks-kms-agent --help`, or `luks-kms-agent COMMAND --help`, to see what is allowed."
 	case errors.As(err, &config) && errors.Is(err, fs.ErrNotExist):
@@ -198,7 +210,7 @@ func hint(err error) string {
 	case errors.Is(err, keycache.ErrOtherKey):
 		return notKMS
 	case errors.Is(err, keycache.ErrLocked):
-		return "Another luks-kms-agent is at work; wait for it (`systemctl status luks-kms-agent`) and try again."
+		return "Another luks-kms-agent is at work; wait for it (`systemctl status luks-kms-agent`) and try again; if it only waits for KMS, `systemctl stop luks-kms-agent` lets a recovery key in."
 	case errors.Is(err, luks.ErrNoCryptsetup):
 		return "Install cryptsetup (package cryptsetup-bin or cryptsetup). No volume was touched."
 	case errors.Is(err, luks.ErrNoDMCrypt):

@@ -71,6 +71,7 @@ func newRoot(p *progress) *cobra.Command {
 		newLock(opts),
 		newRotate(opts),
 		newRewrap(opts),
+		newRecoveryKey(opts),
 		newHeader(opts),
 		newVerify(opts),
 		newWipe(opts),

@@ -2,8 +2,8 @@ package main
 
 // inAgent are the protections of package agent: what may be planned, and the order in which it is done.
 func inAgent() []protection {
-	const plan, apply, observe, run, node = "agent/plan.go", "agent/apply.go", "agent/observe.go", "agent/run.go", "agent/node.go"
 	const preflight = "agent/preflight.go"
+	const plan, apply, observe, run, node, recovery = "agent/plan.go", "agent/apply.go", "agent/observe.go", "agent/run.go", "agent/node.go", "agent/recovery.go"
 	row := func(name string) string { return "./agent TestDecisionTable/" + name }
 	return []protection{
 		// The plan.
@@ -138,6 +138,18 @@ func inAgent() []protection {
 			[]edit{{apply, "if err := a.quarantine(p); err != nil {", "if false {\n\t\tvar err error"}}, "./agent TestRecordsOfAnImageAreNotUsed"},
 		{"unlock never formats",
 			[]edit{{run, "if a := &kept[i]; a.Verb == Format {", "if a := &kept[i]; false {"}}, "./agent TestUnlockNeverFormats"},
+
+		// Recovery keys.
+		{"a volume has one recovery key",
+			[]edit{{recovery, "len(o.header.Header.Recovery) > 0 && !replace {", "false && !replace {"}}, "./agent TestOneRecoveryKeyForAVolume"},
+		{"a recovery key that nobody saw is removed again",
+			[]edit{{recovery, "errs = append(errs, luks.RemoveUnnamedSlot(", "_ = errors.Join(func(context.Context, string, int, luks.Key) error { return nil }("}}, "./agent TestRecoveryKeyThatIsNotShown"},
+		{"unlocking by a recovery key asks nobody",
+			[]edit{{recovery, "scan, err := n.disks.Scan(ctx, nil)", "_, _ = n.cloud.Identity(ctx)\n\tscan, err := n.disks.Scan(ctx, nil)"}}, "./agent TestRecoveryKeyOpensWithoutKMS"},
+		{"a volume without record is opened by a recovery key only where it is named",
+			[]edit{{"agent/target.go", "for _, name := range unknown {", "for _, d := range f.Devices {\n\t\tif len(names) == 0 {\n\t\t\tunknown = append(unknown, d.Path)\n\t\t}\n\t}\n\tfor _, name := range unknown {"}}, "./agent TestRecoveryKeyWithoutRecords"},
+		{"a disk in use is not opened by a recovery key",
+			[]edit{{"agent/target.go", "if len(t.Device.Uses) > 0 {", "if false {"}}, "./agent TestRecoveryKeyWithoutRecords"},
 
 		// Around all of it.
 		{"a run has the records to itself",

@@ -15,6 +15,15 @@ func inCommands() []protection {
 		wiped = "./cmd/luks-kms-agent TestOnlyForeignContentMayBeWiped"
 	)
 	return []protection{
+		{"a recovery key is not written to what is no terminal", []edit{
+			{"cmd/luks-kms-agent/recoverykey_add.go", "if f, ok := out.(*os.File); !add.forceStdout &&", "if f, ok := out.(*os.File); false &&"},
+		}, "./cmd/luks-kms-agent TestScripts/recovery-key"},
+		{"a recovery key is typed unseen", []edit{
+			{"cmd/luks-kms-agent/recoverykey.go", "term.IsTerminal(int(f.Fd())) {\n\t\tfmt", "false {\n\t\tfmt"},
+		}, "./cmd/luks-kms-agent TestRecoveryKeyIsTypedUnseen"},
+		{"a terminal echoes again after an interrupt", []edit{
+			{"cmd/luks-kms-agent/recoverykey.go", "errors.Join(context.Cause(ctx), term.Restore(fd, before))", "errors.Join(context.Cause(ctx), func(int, *term.State) error { return nil }(fd, before))"},
+		}, "./cmd/luks-kms-agent TestInterruptedTypingRestoresTheTerminal"},
 		{"memory is protected before a key is read", []edit{
 			{root, "err := keycache.ProtectMemory()", "err := (&keycache.Error{}).Err"},
 		}, "./cmd/luks-kms-agent TestMemoryIsProtectedBeforeAKeyIsRead"},

@@ -326,7 +326,7 @@ func inKeycache() []protection {
 		// Keys in memory.
 		{"NewKey wipes what it was given", []edit{{key, "defer clear(b)", ""}}, "./keycache TestKeyHoldsBytesAndPassphrase"},
 		{"a borrowed part of a key does not reach into the next", []edit{
-			{key, "return (*page)[from:to:to]", "return (*page)[from:to]"},
+			{key, "[:k.m.keyLen:k.m.keyLen], (*page)[k.m.keyLen:k.m.end:k.m.end]", "[:k.m.keyLen], (*page)[k.m.keyLen:k.m.end]"},
 		}, "./keycache TestKeyHoldsBytesAndPassphrase"},
 		{"a key's page is locked", []edit{
 			{key, "err := unix.Mlock(page)", "err := error(nil)"},
@@ -377,10 +377,19 @@ func inKeycache() []protection {
 		{"what is looked for is not overwritten before all of it is found", []edit{
 			{copies, " || c.isSpared(from)", ""},
 		}, everyCopy},
-		{"memory that is no copy is not overwritten", []edit{{copies, "if distinct < minDistinct {", "if false {"}}, everyCopy},
+		{"memory that is no copy is not overwritten", []edit{{copies, "if distinct < minDistinct ||", "if false ||"}}, everyCopy},
 		{"what a call and the hashes leave of a key in memory is wiped", []edit{
 			{copies, "return c.searchAll()", "return nil"},
 		}, "./keycache TestWipeAllLeavesNothingOfACall"},
+		{"a typo in a recovery key is found", []edit{
+			{"keycache/recovery.go", "&& check(g, group[:last]) == group[last]", ""},
+		}, "./keycache TestRecoveryKeyTypos"},
+		{"groups of a recovery key that changed places are found", []edit{
+			{"keycache/recovery.go", "c := byte(g)\n", "c := byte(0)\n"},
+		}, "./keycache TestRecoveryKeyTypos"},
+		{"the text of a recovery key is wiped where it was read", []edit{
+			{"keycache/recovery.go", "\tdefer clear(text)\n", ""},
+		}, "./keycache TestParsedTextIsWiped"},
 		{"ProtectMemory makes the process undumpable", []edit{{protect, "unix.PR_SET_DUMPABLE, 0,", "unix.PR_SET_DUMPABLE, 1,"}}, "./keycache TestProtectMemory"},
 		{"ProtectMemory turns core dumps off", []edit{
 			{protect, "err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})", "err := error(nil)"},

@@ -3,7 +3,7 @@ package main
 import "slices"
 
 func inLuks() []protection {
-	return slices.Concat(inHeaderCopies(), inStrictCheck(), inKeyslotCheck(), inTokenAndMAC(), inOpening(), inHeaderWrites())
+	return slices.Concat(inHeaderCopies(), inStrictCheck(), inKeyslotCheck(), inTokenAndMAC(), inOpening(), inHeaderWrites(), inRecovery())
 }
 
 // inHeaderCopies: how the two copies of a header are read, and what is made of what is there.
@@ -302,7 +302,7 @@ func inTokenAndMAC() []protection {
 			check, `if json.Unmarshal(fields["keyslots"], &bound) != nil || bound == nil {`, `if json.Unmarshal(fields["keyslots"], &bound) != nil && false {`, "./luks TestWhatPassesCryptsetupAccepts"),
 		{"a token lists no keyslot that does not exist (which is judged twice for ours)", []edit{
 			{check, "if _, ok := j.meta.Keyslots[k]; !ok {\n\t\t\t\tj.refuse(\"token", "if false {\n\t\t\t\tj.refuse(\"token"},
-			{check, "if !ok {\n\t\tj.refuse(\"token %s: keyslot %s does not exist\", token, id)", "if !ok && false {\n\t\tj.refuse(\"token %s: keyslot %s does not exist\", token, id)"},
+			{check, "if !ok {\n\t\treturn []error{fmt.Errorf(\"keyslot %s does not exist\", id)}", "if !ok && false {\n\t\treturn []error{fmt.Errorf(\"keyslot %s does not exist\", id)}"},
 		}, bad + "token of a missing slot"},
 		one("a header has one token of ours",
 			check, `if ours > 1 {`, `if false {`, bad+"two tokens of ours"),
@@ -336,9 +336,9 @@ func inTokenAndMAC() []protection {
 		one("the MAC covers the version of the token",
 			token, `Version:  version,`, ``, "./luks TestMACIsAsSpecified"),
 		one("the key of the MAC comes from the data key",
-			token, `k.Bytes(), nil, macInfo`, `make([]byte, 32), nil, macInfo`, "./luks TestMACIsAsSpecified"),
+			token, `k.Bytes(), nil, info`, `make([]byte, 32), nil, info`, "./luks TestMACIsAsSpecified"),
 		one("the key of the MAC is of no other use",
-			token, `nil, macInfo, macBytes`, `nil, "", macBytes`, "./luks TestMACIsAsSpecified"),
+			token, `c.macFor(macInfo, k, version)`, `c.macFor("", k, version)`, "./luks TestMACIsAsSpecified"),
 	}
 }
 
@@ -354,11 +354,11 @@ func inOpening() []protection {
 		one("a key of another form is not used to open",
 			open, `if err := checkKey(k); err != nil {`, `if err := checkKey(k); false {`, "./luks TestOddKeysAreRefused"),
 		one("unsealing uses what was judged, not what is on the disk by then",
-			open, `c.unsealInMemory(i.area, k, started)`, `c.unsealInMemory(func() *os.File { f, _ := os.Open(i.Path); area, _ := copyArea(f, c.areaOffset); return area }(), k, started)`, "./luks TestOpenMapsWhatWasChecked"),
+			open, `i.unsealSlot(c.own(), i.area, k, mac, started)`, `i.unsealSlot(c.own(), func() *os.File { f, _ := os.Open(i.Path); area, _ := copyArea(f, c.areaOffset); return area }(), k, mac, started)`, "./luks TestOpenMapsWhatWasChecked"),
 		one("a damaged keyslot is not called a wrong key",
 			open, `case wrongKey && macHolds:`, `case false:`, "./luks TestDamagedKeyslot"),
 		one("the unsealed volume is held against what was judged",
-			open, `if err := c.compare(v); err != nil {`, `if err := c.compare(v); false {`, compare),
+			open, `if err := i.checked.compare(v); err != nil {`, `if err := i.checked.compare(v); false {`, compare),
 		one("the unsealed volume has the cipher that was judged",
 			open, `v.StorageEncryption != cipher, `, ``, compare),
 		one("the unsealed volume has the UUID that was judged",
@@ -495,5 +495,48 @@ func inHeaderWrites() []protection {
 			"luks/replace.go", "if i.PrimaryDamaged || i.SecondaryDamaged {", "if false {", "./luks TestKeySlotsRefuse/add: damaged copy"),
 		one("a token that was replaced is compared with what was asked for",
 			"luks/replace.go", "if !equalHeaders(&want, after) {", "if false {", "./luks TestReplaceTokenChecksTheResult/nothing"),
+	}
+}
+
+// inRecovery: recovery keys, which open a volume without the data key.
+func inRecovery() []protection {
+	const (
+		recovery = "luks/recovery.go"
+		check    = "luks/check.go"
+		attacks  = "./luks TestRecoveryAttacks/"
+		result   = "./luks TestRecoveryChecksTheResult/"
+		refuses  = "./luks TestRemoveRecoveryRefuses/"
+	)
+	return []protection{
+		one("a header that does not pass is not opened by a recovery key",
+			recovery, `if err := i.refusal(); err != nil {`, `if err := i.refusal(); i.checked == nil {`, attacks+"copies that differ"),
+		one("a recovery key opens only what the MAC of its token holds for",
+			recovery, `return i.unsealSlot(p, area, r, mac)`, `return i.unsealSlot(p, area, r, p.mac)`, attacks+"data moved"),
+		one("the slot of a recovery key is bounded as the data key's is",
+			check, `case len(errs) > 0:`, `case false:`, attacks+"endless slot of its own"),
+		one("the slot of another token is not a recovery key's",
+			check, `case named[id] > 1:`, `case false:`, refuses+"the data key's slot"),
+		one("the MAC of a recovery token is not the data key's",
+			recovery, `c.macFor(recoveryInfo, r, recoveryVersion)`, `c.macFor(macInfo, r, recoveryVersion)`, "./luks TestRecoveryKey"),
+		one("a new slot is proven before it counts",
+			recovery, `if err := testPassphrase(ctx, path, slot, r.Passphrase()); err != nil {`, `if err := testPassphrase(ctx, path, slot, r.Passphrase()); false {`, result+"no slot"),
+		one("a new slot is the only thing that is new",
+			recovery, `if !slices.Equal(want, before.Header.Keyslots) ||`, `if len(want) > 99 ||`, result+"two slots"),
+		one("a new recovery token is the one that was asked for",
+			recovery, `if !reflect.DeepEqual(after.Header.Recovery, want) ||`, `if`, result+"no token"),
+		one("a slot that is still there is not called removed",
+			recovery, `if !slices.Equal(after.Header.Keyslots, want) || !same`, `if len(want) > 99 || !same`, result+"slot not gone"),
+		one("nothing is written to a header of which the primary copy is damaged",
+			recovery, `if i.PrimaryDamaged {`, `if false {`, "./luks TestRecoveryIsCut"),
+		one("what was written is in both header copies",
+			recovery, `if err == nil && i.SecondaryDamaged {`, `if false {`, result+"one header copy"),
+		one("a key slot is removed only where the data key opens the volume",
+			recovery, `if err := i.verify(k); err != nil {`, `if err := i.verify(k); i.checked == nil {`, refuses+"tampered"),
+		one("a recovery token is not removed before its slot",
+			recovery, `case token.Keyslot >= 0:`, `case false:`, "./luks TestRecoveryKey"),
+		one("a recovery token that cannot be read is not removed, nor is a slot for it",
+			recovery, `(malformed || t.Keyslot >= 0)`, `(malformed && false || t.Keyslot >= 0)`, refuses+"malformed"),
+		one("only a slot that no token names is removed without a token",
+			recovery, "if !slices.Contains(i.Header.Unnamed, slot) {\n\t\t\treturn 0", "if false {\n\t\t\treturn 0", "./luks TestRecoverySlotWithoutToken"),
 	}
 }

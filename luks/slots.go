@@ -128,6 +128,9 @@ func sameBut(slot int, with, without *Inspection) bool {
 	header.Keyslots = slices.DeleteFunc(slices.Clone(header.Keyslots), func(k Keyslot) bool { return k.ID == slot })
 	checked.digest.Keyslots = slices.DeleteFunc(slices.Clone(checked.digest.Keyslots), func(id string) bool { return id == fmt.Sprint(slot) })
 	header.Unnamed = slices.DeleteFunc(slices.Clone(header.Unnamed), func(id int) bool { return id == slot })
+	if len(header.Unnamed) == 0 {
+		header.Unnamed = nil // as of a header that never had one
+	}
 	want.Header, want.checked = &header, &checked
 	slices.Sort(want.checked.digest.Keyslots)
 	rest := *without

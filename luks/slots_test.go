@@ -77,7 +77,7 @@ func TestKeySlotsRefuse(t *testing.T) {
 	}{
 		"add: another key": {do: func(t *testing.T, path string) error { return add(t, path, keyOf(3)) }, want: "does not open"},
 		"add: damaged copy": {spoil: func(t *testing.T, path string) { flip(t, path, 5000) },
-			do: func(t *testing.T, path string) error { return add(t, path, rightKey()) }, want: "a header copy is damaged"},
+			do: func(t *testing.T, path string) error { return add(t, path, rightKey()) }, want: "the primary header copy is damaged"},
 		"add: taken":    {do: func(t *testing.T, path string) error { return AddKeySlot(t.Context(), path, 1, rightKey(), keyOf(9)) }, want: "taken"},
 		"add: too high": {do: func(t *testing.T, path string) error { return AddKeySlot(t.Context(), path, 32, rightKey(), keyOf(9)) }, want: "taken"},
 		"move: not opened": {do: func(t *testing.T, path string) error {

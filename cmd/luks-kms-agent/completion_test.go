@@ -62,7 +62,11 @@ func TestVolumesAreCompletedEverywhere(t *testing.T) {
 		found++
 		for _, config := range []string{filepath.Join(t.TempDir(), "absent.yaml"), t.TempDir()} {
 			var out, said strings.Builder
-			line := append(append([]string{"__complete"}, strings.Fields(cmd.CommandPath())[1:]...), "--config", config, "")
+			line := append(append([]string{"__complete"}, strings.Fields(cmd.CommandPath())[1:]...), "--config", config)
+			for i := 0; !strings.Contains(argument(cmd.Use, i), "VOLUME"); i++ {
+				line = append(line, "another")
+			}
+			line = append(line, "")
 			if code := execute(t.Context(), line, &out, &said); code != exitOK || out.String() != ":4\n" {
 				t.Errorf("%v: exit code %d, %q, %s", line, code, &out, &said)
 			}

@@ -9,7 +9,7 @@ func newHeader(opts *globalOptions) *cobra.Command {
 		Long: `Back up and restore LUKS headers. A volume whose two header copies are destroyed is
 lost for good without a backup: the volume key is nowhere else.`,
 		Example: `  sudo luks-kms-agent header backup --to /root/headers
-  sudo luks-kms-agent header restore /root/headers/vol-0123456789abcdef0.20260131T081530Z.header.tar --yes`,
+  sudo luks-kms-agent header restore /root/headers/vol-01.header.tar --yes`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}

@@ -26,8 +26,10 @@ filesystem looked for, and the volume closed; unlock then mounts it.
 
 Without --yes it shows what it found and would do. It can be interrupted, and run
 again: a header that is half written is never opened.`,
-		Example: `  sudo luks-kms-agent header restore vol-0123456789abcdef0.20260131T081530Z.header.tar
-  sudo luks-kms-agent header restore vol-0123456789abcdef0.20260131T081530Z.header.tar --yes`,
+		Example: `  # What is in it, and what would be written where
+  sudo luks-kms-agent header restore /root/headers/vol-01.header.tar
+
+  sudo luks-kms-agent header restore /root/headers/vol-01.header.tar --yes`,
 		Args: args(cobra.RangeArgs(1, 2)),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			node, err := opts.keyNode(cmd.ErrOrStderr(), nil)

@@ -23,6 +23,9 @@ func newRecoveryKey(opts *globalOptions) *cobra.Command {
 down and keep away from the node. It opens the volume without KMS and without this
 program's records: with unlock --recovery-key, or with cryptsetup, to which its text
 is the passphrase. Whoever has it and the disk can read the data.`,
+		Example: `  sudo luks-kms-agent recovery-key add /mnt
+  sudo luks-kms-agent recovery-key test
+  sudo luks-kms-agent unlock --recovery-key`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}

@@ -92,7 +92,7 @@ func TestOutputDocument(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, into := range map[string]any{
-		"plan": &planJSON{}, "preflight": &preflightJSON{}, "lock": &lockJSON{}, "rewrap": &rewrapJSON{}, "rotate": &rotateJSON{}, "inspect": &inspection{}, "version": &versionJSON{},
+		"plan": &planJSON{}, "preflight": &preflightJSON{}, "lock": &lockJSON{}, "rewrap": &rewrapJSON{}, "rotate": &rotateJSON{}, "verify": &verification{}, "recovery-key list": &recoveryList{}, "inspect": &inspection{}, "version": &versionJSON{},
 	} {
 		_, section, ok := strings.Cut(string(text), "\n## "+name)
 		section, _, _ = strings.Cut(section, "\n## ")
@@ -129,7 +129,9 @@ func fields(t reflect.Type) []string {
 	var names []string
 	for i := range t.NumField() {
 		name, _, _ := strings.Cut(t.Field(i).Tag.Get("json"), ",")
-		names = append(append(names, name), fields(t.Field(i).Type)...)
+		if name != "-" {
+			names = append(append(names, name), fields(t.Field(i).Type)...)
+		}
 	}
 	return names
 }

@@ -24,7 +24,8 @@ A line for each volume, and one for each finding that is not ok. The exit code i
 that of the worst failure; warnings, such as a backup that is missing or not current,
 leave it 0.`,
 		Example: `  sudo luks-kms-agent verify
-  sudo luks-kms-agent verify --json | jq -r '.volumes[] | select(.result != "ok") | .identity'`,
+  sudo luks-kms-agent verify --json |
+    jq -r '.volumes[] | select(.result != "ok") | .identity'`,
 		RunE: func(cmd *cobra.Command, names []string) error {
 			node, err := opts.keyNode(cmd.ErrOrStderr(), nil)
 			if err != nil {

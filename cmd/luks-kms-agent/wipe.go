@@ -19,7 +19,7 @@ func newWipe(opts *globalOptions) *cobra.Command {
 	yes, identity := false, ""
 	cmd := &cobra.Command{
 		Use:   "wipe VOLUME",
-		Short: "Erase the key slots and header of a volume, so that its data is lost",
+		Short: "Erase a volume's key slots and header: its data is lost",
 		Long: `Erase the key slots and both header copies of a volume, and both ends of its disk,
 read that back, and archive its record. The encrypted data stays on the disk, and
 nothing opens it any more, but a header backup made earlier together with KMS: destroy
@@ -31,7 +31,7 @@ vol-0123456789abcdef0; in scripts, give --yes and --identity. It can be interrup
 and run again; until it is finished nothing else touches the disk. The disk is blank
 then, and the next run formats it if the configuration says so.`,
 		Example: `  sudo luks-kms-agent wipe /dev/nvme1n1
-  sudo luks-kms-agent wipe vol-0123456789abcdef0 --yes --identity vol-0123456789abcdef0`,
+  sudo luks-kms-agent wipe /mnt1 --yes --identity vol-0123456789abcdef0`,
 		Args: args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, names []string) error {
 			if yes != (identity != "") {

@@ -54,8 +54,8 @@ func TestReplaceTokenRefuses(t *testing.T) {
 		wrapped string
 		want    string
 	}{
-		"another key":       {key: keyOf(1), want: "does not open"},
-		"primary damaged":   {spoil: func(t *testing.T, path string) { flip(t, path, 5000) }, want: "the primary header copy is damaged"},
+		"another key":     {key: keyOf(1), want: "does not open"},
+		"primary damaged": {spoil: func(t *testing.T, path string) { flip(t, path, 5000) }, want: "the primary header copy is damaged"},
 		"tampered": {spoil: func(t *testing.T, path string) {
 			edit(t, path, func(m tree) { m.At("segments", "0")["sector_size"] = 512 })
 		}, want: "MAC"},

@@ -4,11 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 
 	qr "github.com/piglig/go-qr"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 )
@@ -47,7 +45,7 @@ which opens the volume until the new one does.`,
 
 func runRecoveryKeyAdd(cmd *cobra.Command, opts *globalOptions, add recoveryAddOptions, names []string) error {
 	out := cmd.OutOrStdout()
-	if f, ok := out.(*os.File); !add.forceStdout && (!ok || !term.IsTerminal(int(f.Fd()))) {
+	if !add.forceStdout && !screenOf(out).terminal {
 		return &usageError{errors.New("cannot show a recovery key: standard output is not a terminal, and what goes into a file or a log stays there (--force-stdout does it all the same)")}
 	}
 	node, err := opts.keyNode(cmd.ErrOrStderr(), nil)

@@ -16,7 +16,7 @@ func inCommands() []protection {
 	)
 	return []protection{
 		{"a recovery key is not written to what is no terminal", []edit{
-			{"cmd/luks-kms-agent/recoverykey_add.go", "if f, ok := out.(*os.File); !add.forceStdout &&", "if f, ok := out.(*os.File); false &&"},
+			{"cmd/luks-kms-agent/recoverykey_add.go", "if !add.forceStdout && !screenOf", "if false && !screenOf"},
 		}, "./cmd/luks-kms-agent TestScripts/recovery-key"},
 		{"a recovery key is typed unseen", []edit{
 			{"cmd/luks-kms-agent/recoverykey.go", "term.IsTerminal(int(f.Fd())) {\n\t\tfmt", "false {\n\t\tfmt"},
@@ -40,12 +40,11 @@ func inCommands() []protection {
 			{errs, "case errors.Is(err, keycache.ErrOtherKey):\n\t\treturn exitKMSDenied\n", ""},
 		}, codes},
 		{"a wrong command line, configuration or name is not tried again (2)", []edit{
-			{errs, "errors.As(err, &unknown), errors.As(err, &emr):\n\t\treturn exitUsage", "errors.As(err, &unknown):\n\t\treturn exitUnavailable"},
-			{errs, "errors.As(err, &place):\n\t\treturn exitUsage", "errors.As(err, &place):\n\t\treturn exitUnavailable"},
+			{errs, "errors.As(err, &place), errors.As(err, &typo):\n\t\treturn exitUsage", "errors.As(err, &place), errors.As(err, &typo):\n\t\treturn exitUnavailable"},
 		}, codes},
 		{"a refused volume is told (3)", []edit{{errs, "\t\t}\n\t\treturn exitRefused\n", "\t\t}\n\t\treturn exitOK\n"}}, codes},
 		{"an unreadable record is told (3)", []edit{
-			{errs, "case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):\n\t\treturn exitRefused", "case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty):\n\t\treturn exitOK"},
+			{errs, "case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):\n\t\treturn exitRefused", "case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):\n\t\treturn exitOK"},
 		}, codes},
 		{"a missing disk is told (6)", []edit{
 			{errs, "case agent.RefusedDevice:\n\t\t\treturn exitDevice\n", ""},

@@ -23,8 +23,8 @@ func inKeycache() []protection {
 	return []protection{
 		// What is trusted as a record.
 		{"a record of another version is not read (decode and validate)", []edit{
-			{record, "if *v.Version != RecordVersion {", "if false {"},
-			{record, "case r.Version != RecordVersion:\n\t\treturn versionError(r.Version)\n\tcase !isUUID(r.ID):", "case !isUUID(r.ID):"},
+			{record, "if *v.Version < RecordVersion || *v.Version > newest(into) {", "if false {"},
+			{record, "case r.Version != RecordVersion:\n\t\treturn versionError(r.Version, r)\n\tcase !isUUID(r.ID):", "case !isUUID(r.ID):"},
 		}, corrupt},
 		{"a record is not read where something follows it (the version's decoder and the record's)", []edit{
 			{record, "if _, err := dec.Token(); !errors.Is(err, io.EOF) {", "if false {"},
@@ -66,7 +66,7 @@ func inKeycache() []protection {
 			{record, `case strings.ContainsAny(r.Mapping, "/\x00") ||`, "case false &&"},
 		}, corrupt},
 		{"a volume record says which instance it is of", []edit{
-			{record, "case r.InstanceID == \"\":\n\t\treturn errors.New(\"instance_id is empty\")\n\t}\n\treturn errors.Join", "}\n\treturn errors.Join"},
+			{record, "case r.InstanceID == \"\":\n\t\treturn errors.New(\"instance_id is empty\")\n\t}\n\tif r.Rotation", "}\n\tif r.Rotation"},
 		}, corrupt},
 		{"a record has its times", []edit{{record, "if t.IsZero() {", "if false {"}}, corrupt},
 		{"a record's times are in UTC", []edit{{record, "offset != 0 {", "offset != 0 && false {"}}, corrupt},
@@ -137,7 +137,7 @@ func inKeycache() []protection {
 			{store, "case err != nil:\n\t\treturn storeError(\"replace\"", "case false:\n\t\treturn storeError(\"replace\""},
 		}, "./keycache TestReadyIsAOneWayDoor"},
 		{"no volume record is stored before its key record", []edit{
-			{store, "if _, err := s.readKey(s.keyPath(r.KeyID), r.KeyID); err != nil {", "if _, err := s.readKey(s.keyPath(r.KeyID), r.KeyID); err != nil && false {"},
+			{store, "if _, err := s.readKey(s.keyPath(id), id); err != nil {\n\t\t\treturn storeError(\"write\", path, fmt.Errorf(\"its key", "if _, err := s.readKey(s.keyPath(id), id); err != nil && false {\n\t\t\treturn storeError(\"write\", path, fmt.Errorf(\"its key"},
 		}, "./keycache TestNoVolumeRecordWithoutItsKey"},
 		{"a record that could not be written whole gets no name", []edit{
 			{store, "if err := s.fill(f, data); err != nil {", "if err := s.fill(f, data); err != nil && false {"},
@@ -202,16 +202,16 @@ func inKeycache() []protection {
 			{kms, "KeySpec: types.DataKeySpecAes256,", "KeySpec: types.DataKeySpecAes256, EncryptionContext: map[string]string{\"a\": \"b\"},"},
 		}, "./keycache TestGenerateAndDecrypt"},
 		{"Decrypt carries the encryption context of the record", []edit{
-			{kms, "EncryptionContext: r.EncryptionContext,\n", ""},
+			{kms, "\t\t\tEncryptionContext: r.EncryptionContext,\n", ""},
 		}, "./keycache TestContextOfARecordIsUsed"},
 		{"Decrypt names the record's key, not the configured one", []edit{
-			{kms, "aws.String(r.KeyARN)", "aws.String(c.options.KeyID)"},
+			{kms, "KeyId:             aws.String(r.KeyARN)", "KeyId:             aws.String(c.options.KeyID)"},
 		}, "./keycache TestDecryptNamesTheRecordsKey"},
 		{"Decrypt is asked for keys by ARN only, and for what KMS can have wrapped", []edit{
 			{kms, "if !keyARN.MatchString(r.KeyARN) || len(r.WrappedKey) == 0 || len(r.WrappedKey) > maxWrapped {", "if false {"},
 		}, "./keycache TestDecryptNeedsOnlyArnAndWrappedKey"},
 		{"what Decrypt gave under another key is not used", []edit{
-			{kms, "got != r.KeyARN {", "got != r.KeyARN && false {"},
+			{kms, "got := aws.ToString(out.KeyId); got != r.KeyARN {", "got := aws.ToString(out.KeyId); got != r.KeyARN && false {"},
 		}, untrusted},
 		{"what GenerateDataKey gave under another key is not used", []edit{
 			{kms, "if err := c.isConfigured(r.KeyARN); err != nil {", "if err := c.isConfigured(r.KeyARN); err != nil && false {"},

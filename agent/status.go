@@ -416,6 +416,9 @@ func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts, sto
 	if rec.State == keycache.StateWiping {
 		problem("its wipe was not finished: run wipe again")
 	}
+	if rec.Rotation != nil {
+		problem("its data key is being replaced: run rotate to end that")
+	}
 	if f.InstanceID != "" && rec.InstanceID != f.InstanceID {
 		problem("its record is of instance %s: the next run moves it to quarantine", rec.InstanceID)
 	}

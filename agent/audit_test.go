@@ -519,3 +519,48 @@ func BenchmarkAuditOfAReboot(b *testing.B) {
 		l.finish()
 	}
 }
+
+// The verbs of an operator tell of what they did, and what destroys says so before it does.
+func TestAuditOfTheVerbs(t *testing.T) {
+	m := newMachine(t)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.news()
+	unwrapped := "data-key-unwrapped ok"
+	files, err := m.backUp()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l := m.wantEvents(unwrapped, "header-backed-up ok"); l[1].Reason != files["vol-1"] || l[1].Identity != "vol-1" {
+		t.Errorf("%+v", l)
+	}
+	text, err := m.addRecovery(false, "vol-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l := m.wantEvents(unwrapped, "recovery-key-added ok"); l[1].KeySlot == nil || *l[1].KeySlot != 1 {
+		t.Errorf("%+v", l)
+	}
+	m.reboot()
+	if _, err := m.unlockRecovery(text); err != nil {
+		t.Fatal(err)
+	}
+	m.wantEvents("recovery-key-used ok")
+	if bytes.Contains(read(t, m.cfg.AuditLog), []byte(text)) {
+		t.Error("the recovery key is in the audit log")
+	}
+	if err := m.removeRecovery("vol-1"); err != nil {
+		t.Fatal(err)
+	}
+	m.wantEvents(unwrapped, "recovery-key-removed ok")
+	m.reboot()
+	m.destroy(d)
+	if _, err := m.restore(files["vol-1"], ""); err != nil {
+		t.Fatal(err)
+	}
+	m.wantEvents(unwrapped, "header-restored-from-backup begun", "header-restored-from-backup ok")
+	if _, err := m.wipe("vol-1"); err != nil {
+		t.Fatal(err)
+	}
+	m.wantEvents("volume-wiped begun", "volume-wiped ok")
+}

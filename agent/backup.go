@@ -145,10 +145,12 @@ func (w *work) backUp(ctx context.Context, t target, path, agentVersion string) 
 	err = w.store.PutBackup(keycache.BackupNote{
 		UUID: t.Volume.UUID, Time: b.Manifest.Time, Path: path, HeaderSHA256: b.Manifest.HeaderSHA256, SeqID: header.Header.SeqID,
 	})
-	if err == nil {
-		w.reached(stepBackupNoted)
+	if err != nil {
+		return err
 	}
-	return err
+	w.reached(stepBackupNoted)
+	w.audit(Event{Kind: EventHeaderBackedUp, Volume: t.Volume, Device: t.Device, Key: rec, RequestID: key.RequestID(), Reason: path})
+	return nil
 }
 
 // checkPlace refuses to put a header where only a header leads.

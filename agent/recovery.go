@@ -95,6 +95,7 @@ func (n *Node) finishRecovery(ctx context.Context, o opener, slot int, recovery 
 		return err
 	}
 	n.reached(stepRecoveryToken)
+	n.audit(Event{Kind: EventRecoveryKeyAdded, Volume: o.Volume, Device: o.Device, RequestID: o.key.RequestID(), KeySlot: &slot})
 	n.log.Info("recovery key added", zap.String("volume", o.Volume.UUID), zap.String("device", o.Device.Path), zap.Int("key_slot", slot))
 	return n.removeRecovery(ctx, o)
 }
@@ -130,6 +131,7 @@ func (n *Node) removeRecovery(ctx context.Context, o opener) error {
 			return err
 		}
 		n.reached(stepRecoveryTokenGone)
+		n.audit(Event{Kind: EventRecoveryKeyRemoved, Volume: o.Volume, Device: o.Device, RequestID: o.key.RequestID(), KeySlot: &old.Keyslot})
 		n.log.Info("recovery key removed", zap.String("volume", o.Volume.UUID), zap.String("device", o.Device.Path), zap.Int("key_slot", old.Keyslot))
 	}
 	return nil
@@ -168,7 +170,9 @@ func (n *Node) withDataKeys(ctx context.Context, names []string, do func([]opene
 		o := opener{target: t}
 		if o.header, o.err = n.inspectTarget(t); o.err == nil {
 			rec, ok := facts.Records.Keys[t.Volume.KeyID]
-			if !ok || rec.InstanceID != facts.InstanceID {
+			if t.Volume.Rotation != nil {
+				o.err = fmt.Errorf("cannot change the recovery key of volume %s: %w", t.Volume.UUID, ErrRotating)
+			} else if !ok || rec.InstanceID != facts.InstanceID {
 				o.err = &RefusedError{Refusal: RefusedRecord, Device: t.Device.Path, Reason: fmt.Sprintf("its key record %s is missing", t.Volume.KeyID)}
 			} else {
 				o.key, o.err = keys.get(rec)
@@ -311,7 +315,9 @@ func (a *applier) unlockRecovery(ctx context.Context, t target, k *keycache.Key,
 	if err := a.maps.CloseUnfinished(limited, v.Mapping); err != nil {
 		return err
 	}
-	if err := a.maps.OpenRecovery(ctx, header, k, a.openOptions(*act)); err != nil {
+	err = a.maps.OpenRecovery(ctx, header, k, a.openOptions(*act))
+	a.audit(Event{Kind: EventRecoveryKeyUsed, Volume: *v, Device: t.Device, Err: err})
+	if err != nil {
 		return err
 	}
 	a.log.Warn("opened by recovery key", zap.String("volume", v.UUID), zap.String("device", t.Device.Path), zap.String("mapping", v.Mapping))

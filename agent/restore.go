@@ -112,6 +112,9 @@ func (n *Node) RestoreHeader(ctx context.Context, path, name string, confirm fun
 			r.Saved = saved
 			n.reached(stepHeaderSaved)
 		}
+		restored := Event{Kind: EventHeaderRestoredFromBackup, Volume: rec, Device: d.Device, Key: keyRecord, RequestID: key.RequestID(), Reason: path, Begun: true}
+		n.audit(restored)
+		defer func() { restored.Begun, restored.Err = false, err; n.audit(restored) }()
 		if err := luks.RestoreHeader(d.Path, b.Header, key, func(p luks.Part) { n.reached(restoreSteps[p]) }); err != nil {
 			return r, err
 		}

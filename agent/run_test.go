@@ -247,6 +247,11 @@ func (m *machine) openBy(i *luks.Inspection, verify func(luks.Key) error, k luks
 	if err := m.fail("open", i.Path); err != nil {
 		return err
 	}
+	for _, hook := range []*func(){&o.Unsealing, &o.Unsealed} {
+		if *hook == nil {
+			*hook = func() {}
+		}
+	}
 	o.Unsealing()
 	if err := verify(k); err != nil {
 		return err

@@ -134,13 +134,16 @@ func (s *spans) phases(d *volumes.Device, mountPoint string) *phases {
 
 // next ends the phase that is under way, if one is, and begins another.
 func (p *phases) next(kind SpanKind, name string) {
+	if p == nil {
+		return // nobody draws this
+	}
 	p.end(nil)
 	p.current.kind, p.current.name, p.current.from = kind, name, p.now()
 }
 
 // end ends the phase that is under way; again it does nothing.
 func (p *phases) end(err error) {
-	if p.current.kind == "" {
+	if p == nil || p.current.kind == "" {
 		return
 	}
 	p.current.to, p.current.failed = p.now(), err != nil

@@ -40,7 +40,7 @@ func tree(t *testing.T, dir string) string {
 	t.Helper()
 	var all strings.Builder
 	err := filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
-		if err == nil && info.Mode().IsRegular() {
+		if err == nil && info.Mode().IsRegular() && info.Name() != "audit.jsonl" { // which tells of each use of a data key
 			b, readErr := os.ReadFile(path)
 			all.WriteString(path + info.Mode().String() + info.ModTime().String() + keycache.Sum(b) + "\n")
 			err = readErr

@@ -71,6 +71,9 @@ func (n *Node) Wipe(ctx context.Context, name string, confirm func(Wipe) error) 
 		}
 		n.reached(stepWipeIntent)
 	}
+	wiped := Event{Kind: EventVolumeWiped, Volume: rec, Device: d.Device, Begun: true}
+	n.audit(wiped)
+	defer func() { wiped.Begun, wiped.Err = false, err; n.audit(wiped) }()
 	if err := luks.Wipe(d.Path, func(p luks.Part) { n.reached(wipeSteps[p]) }); err != nil {
 		return out, err
 	}

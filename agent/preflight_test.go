@@ -82,6 +82,9 @@ func (m *inspected) state() string {
 		if filepath.Dir(m.cfg.AuditLog) == path {
 			return fs.SkipDir // it tells of each use of a data key
 		}
+		if path == m.dir {
+			return err // where that is made
+		}
 		if err != nil {
 			return err
 		}

@@ -125,9 +125,6 @@ type VolumeStatus struct {
 	Problems         []string  `json:"problems,omitempty"`
 }
 
-// recoveryToken is the type of the tokens that list key slots of recovery keys.
-const recoveryToken = "luks-kms-agent-recovery"
-
 // newStatus is what a run writes down. last is what stood there: when a volume was opened is kept for as long as the boot lasts.
 func newStatus(r Report, err error, last Status) Status {
 	s := Status{
@@ -477,7 +474,7 @@ func (v *VolumeStatus) describeHeader(disk DeviceFacts, rec keycache.VolumeRecor
 		for _, slot := range h.Header.Keyslots {
 			switch {
 			case h.Header.Token != nil && slot.ID == h.Header.Token.Keyslot:
-			case slices.Contains(slot.Tokens, recoveryToken):
+			case slices.Contains(slot.Tokens, luks.RecoveryTokenType):
 				recovery = true
 			default:
 				other++

@@ -108,7 +108,7 @@ func TestStatusCountsKeySlots(t *testing.T) {
 	for range 3 {
 		tool(t, "someone's", "cryptsetup", "luksAddKey", "-q", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", ours, d.Path, "-")
 	}
-	tool(t, `{"type":"`+recoveryToken+`","keyslots":["2"]}`, "cryptsetup", "token", "import", "--json-file=-", d.Path)
+	tool(t, `{"type":"`+luks.RecoveryTokenType+`","keyslots":["2"]}`, "cryptsetup", "token", "import", "--json-file=-", d.Path)
 	tool(t, `{"type":"clevis","keyslots":["3"]}`, "cryptsetup", "token", "import", "--json-file=-", d.Path)
 	for _, state := range []string{"mounted", "locked"} {
 		s := m.status()

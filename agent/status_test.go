@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
+	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 

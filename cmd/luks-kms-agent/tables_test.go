@@ -69,11 +69,45 @@ func rewrapped() []agent.Rewrapped {
 	}
 }
 
+func rotated() []agent.Rotated {
+	now := ebs
+	now.KeyID = "7c1f0f6e-9d0b-4c4e-8b1a-5f4f0e2b9a11"
+	return []agent.Rotated{
+		{Volume: now, Device: "/dev/nvme1n1", From: ebs.KeyID}, {Volume: now, Device: "/dev/nvme3n1"}, {Volume: ssd, Device: "/dev/nvme2n1", Left: true},
+		{Volume: ssd, Err: &agent.RefusedError{Refusal: agent.RefusedDevice, Reason: "volume " + ssd.UUID + " is not attached"}},
+	}
+}
+
+func verified() []agent.Verified {
+	return []agent.Verified{
+		{UUID: ebs.UUID, Identity: ebs.Identity, Device: "/dev/nvme1n1", Result: agent.ResultOK, Findings: []agent.Finding{{Check: "mac", Result: agent.ResultOK}}},
+		{UUID: ssd.UUID, Identity: ssd.Identity, Device: "/dev/nvme2n1", Result: agent.ResultFailed, Findings: []agent.Finding{
+			{Check: "mac", Result: agent.ResultFailed, Detail: "the token's MAC does not hold"},
+			{Check: "backup", Result: agent.ResultWarning, Detail: "there is no header backup"},
+		}},
+	}
+}
+
+func restored() agent.Restore {
+	return agent.Restore{
+		Manifest: keycache.Manifest{Time: noon, Identity: ebs.Identity, UUID: ebs.UUID, KeyARN: "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"},
+		Device:   "/dev/nvme1n1", Found: "no LUKS header", Saved: "/root/vol.header.tar.before-20260131T120000.000Z", Records: []string{"key", "volume"},
+	}
+}
+
 func TestTables(t *testing.T) {
 	for name, print := range map[string]func(*bytes.Buffer) error{
-		"run":    func(b *bytes.Buffer) error { printReport(b, report()); return nil },
-		"lock":   func(b *bytes.Buffer) error { return printLocked(b, locked()) },
-		"rewrap": func(b *bytes.Buffer) error { return printRewrapped(b, rewrapped()) },
+		"run":     func(b *bytes.Buffer) error { printReport(b, report()); return nil },
+		"lock":    func(b *bytes.Buffer) error { return printLocked(b, locked()) },
+		"rewrap":  func(b *bytes.Buffer) error { return printRewrapped(b, rewrapped()) },
+		"rotate":  func(b *bytes.Buffer) error { return printRotated(b, rotated()) },
+		"verify":  func(b *bytes.Buffer) error { printVerified(b, verified()); return nil },
+		"restore": func(b *bytes.Buffer) error { printRestore(b, restored()); return nil },
+		"wipe": func(b *bytes.Buffer) error {
+			printWipe(b, agent.Wipe{Volume: ebs, Device: "/dev/nvme1n1", Found: "LUKS volume " + ebs.UUID, Backup: &keycache.BackupNote{Path: "/root/vol.header.tar", Time: noon}})
+			printWipe(b, agent.Wipe{Volume: ssd, Device: "/dev/nvme2n1", Found: "no LUKS header"})
+			return nil
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var b bytes.Buffer

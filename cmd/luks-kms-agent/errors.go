@@ -268,9 +268,6 @@ func refusedHint(e *agent.RefusedError) string {
 func kmsHint(e *keycache.Error) string {
 	switch e.Reason {
 	case keycache.ReasonDenied:
-		if e.Op == "ReEncrypt" {
-			return "Let the node's role use both keys: kms:ReEncryptFrom on the old one, kms:ReEncryptTo on the new one, and kms:Decrypt on both. Nothing was changed."
-		}
 		return deniedHint(e) + " No volume was touched."
 	case keycache.ReasonNotFound:
 		return "Check kms_key and region: that key does not exist there. No volume was touched."

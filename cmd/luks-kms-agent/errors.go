@@ -304,6 +304,8 @@ func kmsHint(e *keycache.Error) string {
 func deniedHint(e *keycache.Error) string {
 	action, key := "kms:"+e.Op, e.Object()
 	switch {
+	case e.Op == "ReEncrypt":
+		return "Allow kms:ReEncryptFrom on the old key, kms:ReEncryptTo on the new one and kms:Decrypt on both to the node's role, in its IAM policy and in both key policies."
 	case key == "":
 		key = "the key"
 	case strings.Contains(key, "alias/"):

@@ -317,8 +317,7 @@ func (n *Node) currentStatus(ctx context.Context, justRan bool) (Status, map[str
 	for i := range s.Volumes {
 		v := &s.Volumes[i]
 		there := slices.ContainsFunc(scan.Devices, func(d volumes.Device) bool { return d.Path == v.Device })
-		// A disk that went while the run was at work is told of, too; a volume that was missing is above, as it is now.
-		if v.State == "" && v.Error != "" && (there || v.Device != "" && !v.Missing) {
+		if v.State == "" && v.Error != "" && there { // what has no disk is told of above, as it is now
 			v.Problems = []string{v.Error}
 		}
 		well = well && len(v.Problems) == 0 && (v.State == "" || v.State == "mounted")

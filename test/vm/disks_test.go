@@ -92,6 +92,7 @@ type volume struct {
 	Device, Identity, UUID, Mapping, Action, Reason, Error, State string
 	MountPoint                                                    string `json:"mount_point"`
 	KeyID                                                         string `json:"key_id"`
+	Problems                                                      []string
 }
 
 // volumes returns the volumes of the status by mount point.

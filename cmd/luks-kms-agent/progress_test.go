@@ -89,7 +89,7 @@ func TestProgressRedraws(t *testing.T) {
 		go p.tell(fmt.Sprintf("Opening /dev/nvme%dn1", i))
 	}
 	line := make([]byte, 256)
-	if n, err := master.Read(line); err != nil || !strings.Contains(string(line[:n]), "Opening /dev/nvme") {
+	if n, err := io.ReadAtLeast(master, line, len("\r\x1b[KOpening /dev/nvme")); err != nil || !strings.Contains(string(line[:n]), "Opening /dev/nvme") {
 		t.Errorf("%q, %v", line[:n], err)
 	}
 	p.stop()

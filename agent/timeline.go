@@ -207,14 +207,20 @@ func (s *spans) timeline(command string, status Status, finished time.Time) Time
 // Seconds is how long the run took.
 func (t Timeline) Seconds() float64 { return t.Finished.Sub(t.Started).Seconds() }
 
-// ReadTimeline reads a timeline. Where there is none at DefaultTimelinePath the
-// error is [ErrNothingRan].
+// LastTimeline reads the timeline that the last run of this boot left at path, which is
+// [DefaultTimelinePath]. Where there is none the error is [ErrNothingRan].
+func LastTimeline(path string) (Timeline, error) {
+	t, err := ReadTimeline(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("cannot read %s: %w", path, ErrNothingRan)
+	}
+	return t, err
+}
+
+// ReadTimeline reads a timeline.
 func ReadTimeline(path string) (Timeline, error) {
 	var t Timeline
 	data, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) && path == DefaultTimelinePath {
-		return t, fmt.Errorf("cannot read %s: %w", path, ErrNothingRan)
-	}
 	if err != nil {
 		return t, fmt.Errorf("cannot read the timeline: %w", err)
 	}

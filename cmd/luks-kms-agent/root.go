@@ -66,7 +66,7 @@ func newRoot(p *progress) *cobra.Command {
 		newPreflight(opts),
 		newPlan(opts),
 		newStatus(opts),
-		newTimeline(),
+		newTimeline(agent.DefaultTimelinePath),
 		newUnlock(opts),
 		newLock(opts),
 		newRotate(opts),

@@ -18,30 +18,33 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/agent"
 )
 
-func newTimeline() *cobra.Command {
+// newTimeline is the command; last is where the last run leaves its timeline.
+func newTimeline(last string) *cobra.Command {
 	asJSON, svg := false, ""
 	cmd := &cobra.Command{
 		Use:   "timeline [FILE]",
 		Short: "Show what the last run spent its time on",
 		Long: `Show what the last run or unlock of this boot spent its time on: a row for each
 volume and each kind of call, side by side on one axis. FILE is a timeline that was
-kept or copied from another node; without it, ` + agent.DefaultTimelinePath + `.
+kept or copied from another node; without it, ` + last + `.
 
 The text is as wide as the terminal, or as COLUMNS says: 60 to 120 columns.`,
 		Example: `  sudo luks-kms-agent timeline
   sudo luks-kms-agent timeline --svg boot.svg
-  ssh NODE sudo cat ` + agent.DefaultTimelinePath + ` >node.json
+  ssh NODE sudo cat ` + last + ` >node.json
   luks-kms-agent timeline node.json`,
 		Args: args(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, files []string) error {
 			if asJSON && svg != "" {
 				return &usageError{errors.New("--json and --svg cannot be used together")}
 			}
-			path := agent.DefaultTimelinePath
+			var t agent.Timeline
+			var err error
 			if len(files) > 0 {
-				path = files[0]
+				t, err = agent.ReadTimeline(files[0])
+			} else {
+				t, err = agent.LastTimeline(last)
 			}
-			t, err := agent.ReadTimeline(path)
 			if err != nil {
 				return err
 			}

@@ -7,8 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"go.uber.org/zap"
-
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
@@ -38,7 +36,7 @@ func (e *BackupPlaceError) Error() string {
 // back, and the header in it opens under the data key that KMS gives for the record. The volumes are not written to.
 //
 // A failure of one volume never stops the others.
-func (n *Node) BackUpHeaders(ctx context.Context, names []string, place func(keycache.VolumeRecord, time.Time) string, agentVersion string) (done []BackedUp, err error) {
+func (n *Node) BackUpHeaders(ctx context.Context, names []string, place func(keycache.VolumeRecord, time.Time) string) (done []BackedUp, err error) {
 	w, end, err := n.beginWork(ctx)
 	if err != nil {
 		return nil, err
@@ -51,7 +49,7 @@ func (n *Node) BackUpHeaders(ctx context.Context, names []string, place func(key
 	for _, t := range targets {
 		b := BackedUp{Volume: t.Volume, Device: t.Device.Path}
 		if b.Path, b.Err = filepath.Abs(place(t.Volume, n.now())); b.Err == nil {
-			b.Err = w.backUp(ctx, t, b.Path, agentVersion)
+			b.Err = w.backUp(ctx, t, b.Path)
 		}
 		done = append(done, b)
 	}
@@ -72,36 +70,7 @@ func BackupName(v keycache.VolumeRecord, at time.Time) string {
 	return strings.TrimLeft(plain, ".") + "." + at.UTC().Format("20060102T150405Z") + ".header.tar"
 }
 
-// work is what a command on recorded volumes has while it holds the records.
-type work struct {
-	*Node
-	store *keycache.Store
-	facts Facts
-	keys  *keyring
-}
-
-// beginWork locks the records and looks at the machine; end wipes the keys and unlocks.
-func (n *Node) beginWork(ctx context.Context) (w *work, end func(), err error) {
-	store, release, err := n.lockRecords(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	facts, err := n.observe(ctx, store, nil)
-	if err != nil {
-		release()
-		return nil, nil, err
-	}
-	w = &work{Node: n, store: store, facts: facts, keys: newKeyring(ctx, n.cloud)}
-	return w, func() { n.wipeKeyring(w.keys); release() }, nil
-}
-
-func (n *Node) wipeKeyring(keys *keyring) {
-	if err := n.wipeKeys(keys.take()...); err != nil {
-		n.log.Warn("keys may be in memory until the process ends", zap.Error(err))
-	}
-}
-
-func (w *work) backUp(ctx context.Context, t target, path, agentVersion string) error {
+func (w *work) backUp(ctx context.Context, t target, path string) error {
 	if _, err := w.inspectTarget(t); err != nil {
 		return err
 	}
@@ -126,7 +95,7 @@ func (w *work) backUp(ctx context.Context, t target, path, agentVersion string) 
 	if err := header.Verify(key); err != nil {
 		return err
 	}
-	b := keycache.NewBackup(rec, t.Volume, bytes, w.now(), agentVersion)
+	b := keycache.NewBackup(rec, t.Volume, bytes, w.now(), w.program.Version)
 	if err := b.Write(path); err != nil {
 		return err
 	}
@@ -170,15 +139,6 @@ func (w *work) checkPlace(path string) error {
 		}
 	}
 	return nil
-}
-
-// keyOf is the key record of a volume.
-func (f Facts) keyOf(v keycache.VolumeRecord) (keycache.KeyRecord, error) {
-	d := decision{Facts: f}
-	if p := d.keyProblem(v.KeyID); p != "" {
-		return keycache.KeyRecord{}, &RefusedError{Refusal: RefusedRecord, Reason: fmt.Sprintf("cannot use volume %s: %s", v.UUID, p)}
-	}
-	return f.Records.Keys[v.KeyID], nil
 }
 
 // lastBackup tells what is remembered of a volume's last header backup, fs.ErrNotExist where there is none, and whether the header on the

@@ -24,7 +24,7 @@ func (m *machine) backUp(names ...string) (map[string]string, error) {
 	dir := m.t.TempDir()
 	done, err := m.node().BackUpHeaders(m.t.Context(), names, func(v keycache.VolumeRecord, at time.Time) string {
 		return filepath.Join(dir, BackupName(v, at))
-	}, "test")
+	})
 	files := map[string]string{}
 	for _, b := range done {
 		err = errors.Join(err, b.Err)
@@ -340,7 +340,7 @@ func TestBackupIsCutAtEveryStep(t *testing.T) {
 	at := map[step]*machine{}
 	n := m.node()
 	n.atStep = func(s step) { at[s] = m.copyTo(filepath.Join(t.TempDir(), "cut")) }
-	if _, err := n.BackUpHeaders(t.Context(), nil, func(keycache.VolumeRecord, time.Time) string { return filepath.Join(m.dir, "b.tar") }, "test"); err != nil {
+	if _, err := n.BackUpHeaders(t.Context(), nil, func(keycache.VolumeRecord, time.Time) string { return filepath.Join(m.dir, "b.tar") }); err != nil {
 		t.Fatal(err)
 	}
 	wantSteps(t, at, stepBackedUp, stepBackupNoted)
@@ -422,7 +422,7 @@ func TestBackupIsNotPutOnAVolume(t *testing.T) {
 	m.runOK()
 	where := t.TempDir()
 	m.mounts = map[string]string{where: m.mounts["/mnt"]}
-	done, err := m.node().BackUpHeaders(t.Context(), nil, func(keycache.VolumeRecord, time.Time) string { return filepath.Join(where, "b.tar") }, "test")
+	done, err := m.node().BackUpHeaders(t.Context(), nil, func(keycache.VolumeRecord, time.Time) string { return filepath.Join(where, "b.tar") })
 	if err != nil || len(done) != 1 || !errors.As(done[0].Err, new(*BackupPlaceError)) {
 		t.Errorf("%+v, %v", done, err)
 	}

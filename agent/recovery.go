@@ -146,36 +146,26 @@ type opener struct {
 
 // withDataKeys gives do the named volumes of this instance with their data keys.
 func (n *Node) withDataKeys(ctx context.Context, names []string, do func([]opener) error) error {
-	store, release, err := n.lockRecords(ctx)
+	w, end, err := n.beginWork(ctx)
 	if err != nil {
 		return err
 	}
-	defer release()
-	facts, err := n.observe(ctx, store, nil)
+	defer end()
+	targets, err := w.facts.targets(names)
 	if err != nil {
 		return err
 	}
-	targets, err := facts.targets(names)
-	if err != nil {
-		return err
-	}
-	keys := newKeyring(ctx, n.cloud)
-	defer func() {
-		if werr := n.wipeKeys(keys.take()...); werr != nil {
-			n.log.Warn("keys may be in memory until the process ends", zap.Error(werr))
-		}
-	}()
 	var open []opener
 	for _, t := range targets {
 		o := opener{target: t}
 		if o.header, o.err = n.inspectTarget(t); o.err == nil {
-			rec, ok := facts.Records.Keys[t.Volume.KeyID]
+			rec, ok := w.facts.Records.Keys[t.Volume.KeyID]
 			if t.Volume.Rotation != nil {
 				o.err = fmt.Errorf("cannot change the recovery key of volume %s: %w", t.Volume.UUID, ErrRotating)
-			} else if !ok || rec.InstanceID != facts.InstanceID {
+			} else if !ok || rec.InstanceID != w.facts.InstanceID {
 				o.err = &RefusedError{Refusal: RefusedRecord, Device: t.Device.Path, Reason: fmt.Sprintf("its key record %s is missing", t.Volume.KeyID)}
 			} else {
-				o.key, o.err = keys.get(rec)
+				o.key, o.err = w.keys.get(rec)
 			}
 		}
 		open = append(open, o)

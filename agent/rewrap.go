@@ -34,47 +34,36 @@ func (r Rewrapped) IsToken() bool { return r.Volume.UUID != "" }
 // record is replaced only when KMS has given the same data key for the old and the
 // new one, and the old one is archived. A failure of one key or token never stops the others.
 func (n *Node) Rewrap(ctx context.Context) (done []Rewrapped, err error) {
-	store, release, err := n.lockRecords(ctx)
+	w, end, err := n.beginWork(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer release()
-	n.tell(lookingAround)
-	facts, err := n.observe(ctx, store, nil)
-	if err != nil {
-		return nil, err
-	}
+	defer end()
 	under, err := n.cloud.CheckKey(ctx)
 	if err != nil {
 		return nil, err
 	}
-	keys := newKeyring(ctx, n.cloud)
-	defer func() {
-		if werr := n.wipeKeys(keys.take()...); werr != nil {
-			n.log.Warn("keys may be in memory until the process ends", zap.Error(werr))
-		}
-	}()
-	targets, err := facts.targets(nil)
+	targets, err := w.facts.targets(nil)
 	if err != nil {
 		return nil, err
 	}
-	for _, id := range sortedKeys(facts.Records.Keys) {
-		rec := facts.Records.Keys[id]
-		if rec.InstanceID != facts.InstanceID {
+	for _, id := range sortedKeys(w.facts.Records.Keys) {
+		rec := w.facts.Records.Keys[id]
+		if rec.InstanceID != w.facts.InstanceID {
 			continue
 		}
-		key, rewrapped := n.rewrapKey(ctx, store, keys, rec, under)
+		key, rewrapped := w.rewrapKey(ctx, rec, under)
 		done = append(done, rewrapped)
 		if rewrapped.Err != nil {
 			continue
 		}
 		for _, t := range targets {
 			if t.Volume.KeyID == id {
-				done = append(done, n.rewrapToken(ctx, t, rewrapped.Key, key))
+				done = append(done, w.rewrapToken(ctx, t, rewrapped.Key, key))
 			}
 		}
 	}
-	for _, p := range facts.Records.Problems {
+	for _, p := range w.facts.Records.Problems {
 		done = append(done, Rewrapped{Err: &p})
 	}
 	return done, ctx.Err()
@@ -82,11 +71,11 @@ func (n *Node) Rewrap(ctx context.Context) (done []Rewrapped, err error) {
 
 // rewrapKey replaces a key record, if it is not under that KMS key already, and
 // returns its data key, which stays the keyring's.
-func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyring, rec keycache.KeyRecord, under keycache.KeyFacts) (*keycache.Key, Rewrapped) {
-	n.step("Rewrapping data key %s", rec.ID)
+func (w *work) rewrapKey(ctx context.Context, rec keycache.KeyRecord, under keycache.KeyFacts) (*keycache.Key, Rewrapped) {
+	w.step("Rewrapping data key %s", rec.ID)
 	r := Rewrapped{Key: rec}
 	fail := func(err error) (*keycache.Key, Rewrapped) { r.Err = err; return nil, r }
-	key, err := keys.get(rec)
+	key, err := w.keys.get(rec)
 	if err != nil {
 		return fail(err)
 	}
@@ -96,10 +85,10 @@ func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyri
 	event := Event{Kind: EventDataKeyRewrapped, Key: rec, From: rec}
 	fail = func(err error) (*keycache.Key, Rewrapped) {
 		r.Err, event.Err = err, err
-		n.audit(event)
+		w.audit(event)
 		return nil, r
 	}
-	rewrapped, err := n.cloud.ReEncrypt(ctx, rec)
+	rewrapped, err := w.cloud.ReEncrypt(ctx, rec)
 	if err != nil {
 		return fail(err)
 	}
@@ -107,7 +96,7 @@ func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyri
 		return key, r // the role may not ask which key an alias is
 	}
 	event.Key, event.RequestID = rewrapped, rewrapped.RequestID
-	proven, err := n.cloud.Decrypt(ctx, rewrapped)
+	proven, err := w.cloud.Decrypt(ctx, rewrapped)
 	if err != nil {
 		return fail(fmt.Errorf("cannot prove the rewrapped data key before it replaces the old: %w", err))
 	}
@@ -116,27 +105,27 @@ func (n *Node) rewrapKey(ctx context.Context, store *keycache.Store, keys *keyri
 		return fail(fmt.Errorf("cannot use the rewrapped data key %s: %w", rec.ID, keycache.ErrOtherKey))
 	}
 	why := fmt.Sprintf("rewrapped under %s", rewrapped.KeyARN)
-	if err := store.ReplaceKey(rewrapped, why); err != nil {
+	if err := w.store.ReplaceKey(rewrapped, why); err != nil {
 		return fail(err)
 	}
-	n.audit(Event{Kind: EventRecordArchived, Key: rec, Reason: why})
-	n.audit(event)
-	n.reached(stepRewrapped)
-	n.log.Info("data key rewrapped", zap.String("key", rec.ID), zap.String("from", rec.KeyARN), zap.String("to", rewrapped.KeyARN),
+	w.audit(Event{Kind: EventRecordArchived, Key: rec, Reason: why})
+	w.audit(event)
+	w.reached(stepRewrapped)
+	w.log.Info("data key rewrapped", zap.String("key", rec.ID), zap.String("from", rec.KeyARN), zap.String("to", rewrapped.KeyARN),
 		zap.String("request", rewrapped.RequestID))
 	r.Key, r.From = rewrapped, rec.KeyARN
 	return key, r
 }
 
 // rewrapToken makes the token of a volume say what its key record says.
-func (n *Node) rewrapToken(ctx context.Context, t target, rec keycache.KeyRecord, key *keycache.Key) Rewrapped {
-	n.step("Replacing the token of %s", t.Device.Path)
+func (w *work) rewrapToken(ctx context.Context, t target, rec keycache.KeyRecord, key *keycache.Key) Rewrapped {
+	w.step("Replacing the token of %s", t.Device.Path)
 	r := Rewrapped{Key: rec, Volume: t.Volume, Device: t.Device.Path}
 	if t.Volume.Rotation != nil {
 		r.Err = fmt.Errorf("cannot rewrap the token of volume %s: %w", t.Volume.UUID, ErrRotating)
 		return r
 	}
-	header, err := n.inspectTarget(t)
+	header, err := w.inspectTarget(t)
 	if err != nil {
 		r.Err = err
 		return r
@@ -146,12 +135,12 @@ func (n *Node) rewrapToken(ctx context.Context, t target, rec keycache.KeyRecord
 		return r
 	}
 	r.Err = luks.ReplaceToken(ctx, t.Device.Path, rec.KeyARN, rec.WrappedKey, key)
-	n.audit(Event{Kind: EventDataKeyRewrapped, Volume: t.Volume, Device: t.Device, Key: rec, RequestID: rec.RequestID,
+	w.audit(Event{Kind: EventDataKeyRewrapped, Volume: t.Volume, Device: t.Device, Key: rec, RequestID: rec.RequestID,
 		From: keycache.KeyRecord{KeyARN: token.KeyARN}, Err: r.Err})
 	if r.Err != nil {
 		return r
 	}
-	n.reached(stepReplaced)
+	w.reached(stepReplaced)
 	r.From = token.KeyARN
 	return r
 }

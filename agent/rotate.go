@@ -32,26 +32,16 @@ type Rotated struct {
 // It may be cut at any point: at each the record names a data key that opens the volume. Run again, it goes
 // on with what the run that was cut had begun. A failure of one volume never stops the others.
 func (n *Node) Rotate(ctx context.Context, names []string) (done []Rotated, err error) {
-	store, release, err := n.lockRecords(ctx)
+	w, end, err := n.beginWork(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer release()
-	facts, err := n.observe(ctx, store, nil)
+	defer end()
+	targets, err := w.facts.targets(names)
 	if err != nil {
 		return nil, err
 	}
-	targets, err := facts.targets(names)
-	if err != nil {
-		return nil, err
-	}
-	keys := newKeyring(ctx, n.cloud)
-	defer func() {
-		if werr := n.wipeKeys(keys.take()...); werr != nil {
-			n.log.Warn("keys may be in memory until the process ends", zap.Error(werr))
-		}
-	}()
-	r := rotation{Node: n, store: store, records: facts.Records, keys: keys, instanceID: facts.InstanceID}
+	r := rotation{work: w}
 	done = make([]Rotated, len(targets))
 	for i, t := range targets {
 		done[i] = Rotated{Volume: t.Volume, Device: t.Device.Path}
@@ -82,7 +72,7 @@ func (n *Node) Rotate(ctx context.Context, names []string) (done []Rotated, err 
 			n.audit(Event{Kind: EventDataKeyRotated, Volume: done[i].Volume, Device: t.Device, Err: done[i].Err})
 		}
 	}
-	for _, p := range facts.Records.Problems {
+	for _, p := range w.facts.Records.Problems {
 		done = append(done, Rotated{Err: &p})
 	}
 	return done, errors.Join(ctx.Err(), r.archiveUnused(done))
@@ -90,13 +80,9 @@ func (n *Node) Rotate(ctx context.Context, names []string) (done []Rotated, err 
 
 // rotation is one run of Rotate.
 type rotation struct {
-	*Node
-	store      *keycache.Store
-	records    keycache.Records
-	keys       *keyring
-	instanceID string
-	resumes    bool   // an earlier run was cut
-	next       string // id of the data key that all volumes get, "" where it is not made yet
+	*work
+	resumes bool   // an earlier run was cut
+	next    string // id of the data key that all volumes get, "" where it is not made yet
 }
 
 // intend writes into the record of a volume which data key and key slot it will have. A volume that has the data key
@@ -109,7 +95,7 @@ func (r *rotation) intend(ctx context.Context, t target, v *keycache.VolumeRecor
 	if err != nil {
 		return err
 	}
-	key, err := r.keys.get(r.records.Keys[v.KeyID])
+	key, err := r.keys.get(r.facts.Records.Keys[v.KeyID])
 	if err != nil {
 		return err
 	}
@@ -150,7 +136,7 @@ func (r *rotation) newKey(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	r.records.Keys[rec.ID], r.next = rec, rec.ID
+	r.facts.Records.Keys[rec.ID], r.next = rec, rec.ID
 	return rec.ID, nil
 }
 
@@ -160,7 +146,7 @@ func (r *rotation) rotate(ctx context.Context, t target, v *keycache.VolumeRecor
 	if err != nil {
 		return err
 	}
-	rec, ok := r.records.Keys[v.Rotation.KeyID]
+	rec, ok := r.facts.Records.Keys[v.Rotation.KeyID]
 	if !ok {
 		return &RefusedError{Refusal: RefusedRecord, Device: t.Device.Path,
 			Reason: fmt.Sprintf("key record %s, of the data key to come, is missing", v.Rotation.KeyID)}
@@ -169,7 +155,7 @@ func (r *rotation) rotate(ctx context.Context, t target, v *keycache.VolumeRecor
 	if err != nil {
 		return err
 	}
-	old, err := r.keys.get(r.records.Keys[v.KeyID])
+	old, err := r.keys.get(r.facts.Records.Keys[v.KeyID])
 	if err != nil {
 		return err
 	}
@@ -189,7 +175,7 @@ func (r *rotation) rotate(ctx context.Context, t target, v *keycache.VolumeRecor
 		return err
 	}
 	*v = rotated
-	r.audit(Event{Kind: EventDataKeyRotated, Volume: *v, Device: t.Device, Key: rec, RequestID: next.RequestID(), From: r.records.Keys[from]})
+	r.audit(Event{Kind: EventDataKeyRotated, Volume: *v, Device: t.Device, Key: rec, RequestID: next.RequestID(), From: r.facts.Records.Keys[from]})
 	r.reached(stepRotated)
 	r.log.Info("data key rotated", zap.String("volume", v.UUID), zap.String("from", from), zap.String("to", rec.ID))
 	return nil
@@ -263,23 +249,23 @@ func (r *rotation) removeOld(ctx context.Context, t target, slot int, old, next 
 func (r *rotation) archiveUnused(done []Rotated) error {
 	for _, d := range done {
 		if d.Volume.UUID != "" {
-			r.records.Volumes[d.Volume.UUID] = d.Volume
+			r.facts.Records.Volumes[d.Volume.UUID] = d.Volume
 		}
 	}
 	needed := map[string]bool{}
-	for _, v := range r.records.Volumes {
+	for _, v := range r.facts.Records.Volumes {
 		for _, id := range keyIDs(v) {
 			needed[id] = true
 		}
 	}
 	var errs []error
-	for _, id := range sortedKeys(r.records.Keys) {
-		if needed[id] || r.records.Keys[id].InstanceID != r.instanceID {
+	for _, id := range sortedKeys(r.facts.Records.Keys) {
+		if needed[id] || r.facts.Records.Keys[id].InstanceID != r.facts.InstanceID {
 			continue
 		}
 		const why = "no volume needs it since rotate"
 		err := r.store.ArchiveKey(id, why)
-		r.audit(Event{Kind: EventRecordArchived, Key: r.records.Keys[id], Reason: why, Err: err})
+		r.audit(Event{Kind: EventRecordArchived, Key: r.facts.Records.Keys[id], Reason: why, Err: err})
 		if err != nil {
 			errs = append(errs, err)
 			continue

@@ -1,13 +1,46 @@
 package agent
 
 import (
+	"context"
 	"fmt"
 	"slices"
+
+	"go.uber.org/zap"
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
+
+// work is what a command on recorded volumes has while it holds the records.
+type work struct {
+	*Node
+	store *keycache.Store
+	facts Facts
+	keys  *keyring
+}
+
+// beginWork locks the records and looks at the machine; end wipes the keys and unlocks.
+func (n *Node) beginWork(ctx context.Context) (w *work, end func(), err error) {
+	store, release, err := n.lockRecords(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	n.tell(lookingAround)
+	facts, err := n.observe(ctx, store, nil)
+	if err != nil {
+		release()
+		return nil, nil, err
+	}
+	w = &work{Node: n, store: store, facts: facts, keys: newKeyring(ctx, n.cloud)}
+	return w, func() { n.wipeKeyring(w.keys); release() }, nil
+}
+
+func (n *Node) wipeKeyring(keys *keyring) {
+	if err := n.wipeKeys(keys.take()...); err != nil {
+		n.log.Warn("keys may be in memory until the process ends", zap.Error(err))
+	}
+}
 
 // target is a recorded volume that a command is about, and the disk that it is on.
 type target struct {
@@ -115,4 +148,13 @@ func (n *Node) inspectTarget(t target) (*luks.Inspection, error) {
 		return nil, &luks.HeaderError{Path: t.Device.Path, Reasons: reasons}
 	}
 	return header, nil
+}
+
+// keyOf is the key record of a volume.
+func (f Facts) keyOf(v keycache.VolumeRecord) (keycache.KeyRecord, error) {
+	d := decision{Facts: f}
+	if p := d.keyProblem(v.KeyID); p != "" {
+		return keycache.KeyRecord{}, &RefusedError{Refusal: RefusedRecord, Reason: fmt.Sprintf("cannot use volume %s: %s", v.UUID, p)}
+	}
+	return f.Records.Keys[v.KeyID], nil
 }

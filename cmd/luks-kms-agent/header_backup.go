@@ -38,7 +38,7 @@ wiped. Keep it away from the node, readable to those only who may read the data.
 			if err != nil {
 				return err
 			}
-			done, err := node.BackUpHeaders(cmd.Context(), names, place, version)
+			done, err := node.BackUpHeaders(cmd.Context(), names, place)
 			if err != nil {
 				return err
 			}

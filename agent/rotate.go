@@ -102,9 +102,9 @@ func (r *rotation) intend(ctx context.Context, t target, v *keycache.VolumeRecor
 	if err := header.Verify(key); err != nil {
 		return err
 	}
-	slot, ok := header.FreeKeySlot()
-	if !ok {
-		return fmt.Errorf("cannot rotate the data key of %s: %w", t.Device.Path, ErrNoKeySlot)
+	slot, err := header.FreeKeySlot()
+	if err != nil {
+		return fmt.Errorf("cannot rotate the data key of %s: %w", t.Device.Path, err)
 	}
 	next, err := r.newKey(ctx)
 	if err != nil {
@@ -119,13 +119,8 @@ func (r *rotation) intend(ctx context.Context, t target, v *keycache.VolumeRecor
 	return nil
 }
 
-// Sentinels of Rotate.
-var (
-	// ErrNoKeySlot: all numbers of key slots are taken.
-	ErrNoKeySlot = errors.New("no key slot is free")
-	// ErrRotating refuses what has to wait until a rotation has ended.
-	ErrRotating = errors.New("its data key is being replaced")
-)
+// ErrRotating refuses what has to wait until a rotation has ended.
+var ErrRotating = errors.New("its data key is being replaced")
 
 // newKey gives the data key that a volume will have: one for all at key scope "node".
 func (r *rotation) newKey(ctx context.Context) (string, error) {
@@ -195,9 +190,9 @@ func (r *rotation) move(ctx context.Context, t target, v *keycache.VolumeRecord,
 		}
 		if added = err == nil; !added {
 			// Somebody took the number since: it is his.
-			slot, ok := header.FreeKeySlot()
-			if !ok {
-				return fmt.Errorf("cannot rotate the data key of %s: %w", path, ErrNoKeySlot)
+			slot, err := header.FreeKeySlot()
+			if err != nil {
+				return fmt.Errorf("cannot rotate the data key of %s: %w", path, err)
 			}
 			moved := *v.Rotation
 			moved.KeySlot = slot

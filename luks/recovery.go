@@ -203,9 +203,9 @@ func addRecoverySlot(ctx context.Context, path string, k, r Key) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	slot := 0
-	for slices.ContainsFunc(before.Header.Keyslots, func(s Keyslot) bool { return s.ID == slot }) {
-		slot++
+	slot, err := before.FreeKeySlot()
+	if err != nil {
+		return 0, err
 	}
 	if err := before.unchanged(); err != nil {
 		return 0, err
@@ -283,7 +283,7 @@ func addRecoveryToken(ctx context.Context, path string, slot int, k, r Key, crea
 
 // RemoveUnnamedSlot removes a slot that no token names: one of AddRecoverySlot's that is not wanted after all.
 func RemoveUnnamedSlot(ctx context.Context, path string, slot int, k Key) error {
-	err := removeSlot(ctx, path, k, func(i *Inspection) (int, error) {
+	err := removeSlot(ctx, path, k, sameBut, func(i *Inspection) (int, error) {
 		if !slices.Contains(i.Header.Unnamed, slot) {
 			return 0, &HeaderError{path, []string{fmt.Sprintf("key slot %d is not there, or another token's", slot)}}
 		}
@@ -299,7 +299,7 @@ func RemoveUnnamedSlot(ctx context.Context, path string, slot int, k Key) error 
 // recovery key opens it no more. The token stays, and names no slot, until [RemoveRecoveryToken]: a cut in between leaves something
 // that can be found. Nothing is done where the slot is gone already.
 func RemoveRecoverySlot(ctx context.Context, path string, id int, k Key) error {
-	err := removeSlot(ctx, path, k, func(i *Inspection) (int, error) {
+	err := removeSlot(ctx, path, k, sameButItsToken, func(i *Inspection) (int, error) {
 		token, err := i.recoveryToken(id)
 		return token.Keyslot, err
 	})
@@ -309,35 +309,11 @@ func RemoveRecoverySlot(ctx context.Context, path string, id int, k Key) error {
 	return nil
 }
 
-// removeSlot removes the slot that choose returns, -1 for none, and proves that everything else is as it was.
-func removeSlot(ctx context.Context, path string, k Key, choose func(*Inspection) (int, error)) error {
-	before, err := inspectToWrite(path, k)
-	if err != nil {
-		return err
-	}
-	slot, err := choose(before)
-	if err != nil || slot < 0 {
-		return err
-	}
-	// cryptsetup would remove the last slot without a word.
-	if slot == before.Header.Token.Keyslot {
-		return &HeaderError{path, []string{fmt.Sprintf("key slot %d is the data key's", slot)}}
-	}
-	if err := before.unchanged(); err != nil {
-		return err
-	}
-	if err := luksKillSlot(ctx, path, slot, k); err != nil {
-		return err
-	}
-	after, err := inspectWhole(path, k)
-	if err != nil {
-		return err
-	}
+// sameButItsToken compares a header with what it was before the slot of a recovery token was removed: cryptsetup takes it out of the token,
+// too.
+func sameButItsToken(slot int, before, after *Inspection) bool {
 	want := slices.DeleteFunc(slices.Clone(before.Header.Keyslots), func(s Keyslot) bool { return s.ID == slot })
-	if !slices.EqualFunc(after.Header.Keyslots, want, sameButTokens) || !sameButRecovery(before, after) {
-		return &HeaderError{path, []string{reasonOther}}
-	}
-	return flush(path)
+	return slices.EqualFunc(after.Header.Keyslots, want, sameButTokens) && sameButRecovery(before, after)
 }
 
 // RemoveRecoveryToken removes a recovery token whose slot is gone.

@@ -7,23 +7,28 @@ import (
 	"slices"
 )
 
-// ErrOwnSlot refuses to remove the key slot that the token names.
-var ErrOwnSlot = errors.New("it is the key slot of the token")
+// Sentinels of key slots, for errors.Is.
+var (
+	// ErrOwnSlot refuses to remove the key slot that the token names.
+	ErrOwnSlot = errors.New("it is the key slot of the token")
+	// ErrNoKeySlot: all numbers of key slots are taken.
+	ErrNoKeySlot = errors.New("no key slot is free")
+)
 
 // HasKeySlot reports whether the header has a key slot.
 func (i *Inspection) HasKeySlot(slot int) bool {
 	return i.Header != nil && slices.ContainsFunc(i.Header.Keyslots, func(k Keyslot) bool { return k.ID == slot })
 }
 
-// FreeKeySlot returns the lowest number that no key slot has and that is not in taken, and false where there is none. Whether the key
-// slots' area has room for it only cryptsetup finds out.
-func (i *Inspection) FreeKeySlot(taken ...int) (int, bool) {
+// FreeKeySlot returns the lowest number that no key slot has, or [ErrNoKeySlot]. Whether the key slots' area has room for it only
+// cryptsetup finds out.
+func (i *Inspection) FreeKeySlot() (int, error) {
 	for slot := range maxKeyslots {
-		if !i.HasKeySlot(slot) && !slices.Contains(taken, slot) {
-			return slot, true
+		if !i.HasKeySlot(slot) {
+			return slot, nil
 		}
 	}
-	return 0, false
+	return 0, ErrNoKeySlot
 }
 
 // OpensKeySlot reports whether a data key opens one key slot, by [ErrWrongKey] if not.
@@ -87,22 +92,35 @@ func addKeySlot(ctx context.Context, path string, slot int, k, next Key) error {
 //
 // Errors: [ErrOwnSlot] and those of [AddKeySlot].
 func RemoveKeySlot(ctx context.Context, path string, slot int, k Key) error {
-	if err := removeKeySlot(ctx, path, slot, k); err != nil {
+	err := removeSlot(ctx, path, k, sameBut, func(i *Inspection) (int, error) {
+		switch {
+		case slot == i.Header.Token.Keyslot:
+			return 0, ErrOwnSlot
+		case !i.HasKeySlot(slot):
+			return -1, nil
+		}
+		return slot, nil
+	})
+	if err != nil {
 		return fmt.Errorf("cannot remove key slot %d of %s: %w", slot, path, err)
 	}
 	return nil
 }
 
-func removeKeySlot(ctx context.Context, path string, slot int, k Key) error {
+// removeSlot removes the slot that choose returns, -1 for none, from a volume that k opens, and proves that it is gone and that the header
+// is the same as before in all that same compares.
+func removeSlot(ctx context.Context, path string, k Key, same func(slot int, before, after *Inspection) bool, choose func(*Inspection) (int, error)) error {
 	before, err := inspectToWrite(path, k)
 	if err != nil {
 		return err
 	}
-	if slot == before.Header.Token.Keyslot {
-		return ErrOwnSlot
+	slot, err := choose(before)
+	if err != nil || slot < 0 {
+		return err
 	}
-	if !before.HasKeySlot(slot) {
-		return nil
+	// cryptsetup would remove the last slot without a word.
+	if slot == before.Header.Token.Keyslot {
+		return &HeaderError{path, []string{fmt.Sprintf("key slot %d is the data key's", slot)}}
 	}
 	if err := before.unchanged(); err != nil {
 		return err
@@ -114,7 +132,7 @@ func removeKeySlot(ctx context.Context, path string, slot int, k Key) error {
 	if err != nil {
 		return err
 	}
-	if after.HasKeySlot(slot) || !sameBut(slot, before, after) {
+	if after.HasKeySlot(slot) || !same(slot, before, after) {
 		return &HeaderError{path, []string{reasonOther}}
 	}
 	return flush(path)

@@ -27,9 +27,9 @@ func TestKeySlots(t *testing.T) {
 	}
 	data := content(t, path)[DataOffset:]
 	next := keyOf(9)
-	slot, ok := inspected(t, path).FreeKeySlot()
-	if !ok || slot != 2 {
-		t.Errorf("free: %d %v", slot, ok)
+	slot, err := inspected(t, path).FreeKeySlot()
+	if err != nil || slot != 2 {
+		t.Errorf("free: %d %v", slot, err)
 	}
 	if err := AddKeySlot(t.Context(), path, slot, rightKey(), next); err != nil {
 		t.Fatal(err)

@@ -138,7 +138,7 @@ func exitCode(err error) int {
 		return exitRefused // the file can be read, and is not accepted
 	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
 		return exitRefused
-	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, agent.ErrNoKeySlot), errors.Is(err, agent.ErrNoFilesystem),
+	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, luks.ErrNoKeySlot), errors.Is(err, agent.ErrNoFilesystem),
 		errors.Is(err, fs.ErrNotExist), errors.Is(err, agent.ErrNothingRan), errors.As(err, &program), errors.As(err, &errno):
 		return exitDevice
 	}
@@ -235,7 +235,7 @@ func hint(err error) string {
 		return "The volume is open. See `systemctl status` of the mount unit, then run `luks-kms-agent unlock` again."
 	case errors.Is(err, agent.ErrRotating):
 		return "Run `luks-kms-agent rotate` to end that, and then this again."
-	case errors.Is(err, agent.ErrNoKeySlot):
+	case errors.Is(err, luks.ErrNoKeySlot):
 		return "Remove a key slot that nobody needs: `cryptsetup luksDump` lists them, `cryptsetup luksKillSlot` removes one; never the token's."
 	case errors.Is(err, luks.ErrBusy):
 		return "Stop what uses the volume (`fuser -vm MOUNT_POINT`) and try again."

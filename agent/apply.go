@@ -516,13 +516,7 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	}
 	a.phase(*act, SpanInspect, "filesystem")
 	a.opened(*act, rec, key, act.Reason)
-	content, err := volumes.Filesystem(ctx, a.maps.Path(v.Mapping))
-	if err == nil && !slices.Contains(filesystems, content.Type) {
-		err = &RefusedError{Refusal: RefusedContent, Device: act.Device.Path,
-			Reason: fmt.Sprintf("volume %s opens, but holds no %v filesystem (%s)", v.UUID, filesystems, content.Detail)}
-	}
-	if err == nil {
-		v.Filesystem = content.Type
+	if v.Filesystem, err = a.filesystemOf(ctx, *act); err == nil {
 		a.phase(*act, SpanRecords, "adopted")
 		err = a.recordAdopted(rec, v)
 	}
@@ -534,6 +528,19 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))
 	}
 	return a.mount(ctx, *act, v.Mapping)
+}
+
+// filesystemOf finds out which filesystem an open volume has of which no record tells.
+func (a *applier) filesystemOf(ctx context.Context, act Action) (string, error) {
+	content, err := volumes.Filesystem(ctx, a.maps.Path(act.Volume.Mapping))
+	if err != nil {
+		return "", err
+	}
+	if !slices.Contains(filesystems, content.Type) {
+		return "", &RefusedError{Refusal: RefusedContent, Device: act.Device.Path,
+			Reason: fmt.Sprintf("volume %s opens, but holds no %v filesystem (%s)", act.Volume.UUID, filesystems, content.Detail)}
+	}
+	return content.Type, nil
 }
 
 // adoptedKey gives a token's wrapped key its record: one that this instance has

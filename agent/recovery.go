@@ -11,7 +11,6 @@ import (
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
-	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
 // RecoveryResult is what was done with, or found on, one volume that recovery keys
@@ -316,15 +315,9 @@ func (a *applier) unlockRecovery(ctx context.Context, t target, k *keycache.Key,
 		return nil
 	}
 	if v.Filesystem == "" {
-		content, err := volumes.Filesystem(ctx, a.maps.Path(v.Mapping))
-		if err == nil && !slices.Contains(filesystems, content.Type) {
-			err = &RefusedError{Refusal: RefusedContent, Device: t.Device.Path,
-				Reason: fmt.Sprintf("volume %s opens, but holds no %v filesystem (%s)", v.UUID, filesystems, content.Detail)}
-		}
-		if err != nil {
+		if v.Filesystem, err = a.filesystemOf(ctx, *act); err != nil {
 			return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))
 		}
-		v.Filesystem = content.Type
 	}
 	return a.mount(ctx, *act, v.Mapping)
 }

@@ -327,13 +327,7 @@ func (s *Store) PutBackup(n BackupNote) error {
 func (s *Store) Backup(uuid string) (BackupNote, error) {
 	path := s.backupPath(uuid)
 	var n BackupNote
-	data, err := s.readFile(path)
-	if err == nil {
-		err = decode(data, &n)
-	}
-	if err == nil {
-		err = n.validate()
-	}
+	err := s.read(path, &n)
 	if err == nil && n.UUID != uuid {
 		err = fmt.Errorf("its name is not its uuid %s", n.UUID)
 	}

@@ -337,13 +337,7 @@ func (s *Store) each(folder string, f func(path, id string)) error {
 
 func (s *Store) readKey(path, id string) (KeyRecord, error) {
 	var r KeyRecord
-	data, err := s.readFile(path)
-	if err == nil {
-		err = decode(data, &r)
-	}
-	if err == nil {
-		err = r.validate()
-	}
+	err := s.read(path, &r)
 	if err == nil && r.ID != id {
 		err = fmt.Errorf("its name is not its id %s", r.ID)
 	}
@@ -352,17 +346,23 @@ func (s *Store) readKey(path, id string) (KeyRecord, error) {
 
 func (s *Store) readVolume(path, id string) (VolumeRecord, error) {
 	var r VolumeRecord
-	data, err := s.readFile(path)
-	if err == nil {
-		err = decode(data, &r)
-	}
-	if err == nil {
-		err = r.validate()
-	}
+	err := s.read(path, &r)
 	if err == nil && r.UUID != id {
 		err = fmt.Errorf("its name is not its uuid %s", r.UUID)
 	}
 	return r, err
+}
+
+// read reads a record and judges what is in it; whether it has the right name is the caller's to see.
+func (s *Store) read(path string, into interface{ validate() error }) error {
+	data, err := s.readFile(path)
+	if err == nil {
+		err = decode(data, into)
+	}
+	if err == nil {
+		err = into.validate()
+	}
+	return err
 }
 
 // readFile reads a file of the store; fs.ErrNotExist is passed on.

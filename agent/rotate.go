@@ -95,7 +95,11 @@ func (r *rotation) intend(ctx context.Context, t target, v *keycache.VolumeRecor
 	if err != nil {
 		return err
 	}
-	key, err := r.keys.get(r.facts.Records.Keys[v.KeyID])
+	rec, err := r.facts.keyOf(*v)
+	if err != nil {
+		return err
+	}
+	key, err := r.keys.get(rec)
 	if err != nil {
 		return err
 	}
@@ -150,7 +154,11 @@ func (r *rotation) rotate(ctx context.Context, t target, v *keycache.VolumeRecor
 	if err != nil {
 		return err
 	}
-	old, err := r.keys.get(r.facts.Records.Keys[v.KeyID])
+	oldRecord, err := r.facts.keyOf(*v)
+	if err != nil {
+		return err
+	}
+	old, err := r.keys.get(oldRecord)
 	if err != nil {
 		return err
 	}
@@ -163,16 +171,15 @@ func (r *rotation) rotate(ctx context.Context, t target, v *keycache.VolumeRecor
 		return err
 	}
 	r.reached(stepSlotRemoved)
-	from := v.KeyID
 	rotated := *v
 	rotated.KeyID, rotated.Rotation = rec.ID, nil
 	if err := r.putVolume(r.store, &rotated); err != nil {
 		return err
 	}
 	*v = rotated
-	r.audit(Event{Kind: EventDataKeyRotated, Volume: *v, Device: t.Device, Key: rec, RequestID: next.RequestID(), From: r.facts.Records.Keys[from]})
+	r.audit(Event{Kind: EventDataKeyRotated, Volume: *v, Device: t.Device, Key: rec, RequestID: next.RequestID(), From: oldRecord})
 	r.reached(stepRotated)
-	r.log.Info("data key rotated", zap.String("volume", v.UUID), zap.String("from", from), zap.String("to", rec.ID))
+	r.log.Info("data key rotated", zap.String("volume", v.UUID), zap.String("from", oldRecord.ID), zap.String("to", rec.ID))
 	return nil
 }
 

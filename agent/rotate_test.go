@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -288,4 +289,22 @@ func TestRotateProvesTheNewKeyFirst(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A volume whose key record is lost is refused as that, and is not written to.
+func TestRotateWithoutTheKeyRecord(t *testing.T) {
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	for id := range m.records().Keys {
+		if err := os.Remove(filepath.Join(m.cfg.StateDir, "keys", id+".json")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sums := m.sums()
+	var refused *RefusedError
+	if _, err := m.rotate(); !errors.As(err, &refused) || refused.Refusal != RefusedRecord || !strings.Contains(err.Error(), "is missing") {
+		t.Errorf("%v", err)
+	}
+	m.untouched(sums)
 }

@@ -179,12 +179,12 @@ func text(all []metric) []byte {
 	return b.Bytes()
 }
 
-// tellMetrics writes the metrics. Where records or disks cannot be read it leaves the
+// tellMetrics writes the metrics after the run that s tells of. Where records or disks cannot be read it leaves the
 // volumes out: a state that is not known is not told.
-func (n *Node) tellMetrics(ctx context.Context, justRan bool) {
+func (n *Node) tellMetrics(ctx context.Context, s Status, justRan bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), metricsLimit)
 	defer cancel()
-	s, keys, err := n.currentStatus(ctx, justRan)
+	s, keys, err := n.currentStatus(ctx, s, justRan)
 	if err != nil {
 		n.log.Warn("the metrics do not tell the volumes", zap.Error(err))
 	}

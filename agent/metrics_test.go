@@ -80,7 +80,8 @@ func TestMetrics(t *testing.T) {
 		"last_run_success": 1, "last_run_exit_code": 0, "last_run_kms_calls GenerateDataKey": 1, "last_run_imds_reads": 3, "last_run_retries Identity": 0,
 	})
 	first := m.metrics()
-	m.node().tellMetrics(t.Context(), false)
+	n = m.node()
+	n.tellMetrics(t.Context(), n.lastRun(), false)
 	if looked := m.metrics(); !maps.Equal(looked, first) {
 		t.Errorf("without a look at the disks the run tells\n%v, with one\n%v", first, looked)
 	}

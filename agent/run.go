@@ -293,7 +293,7 @@ func (n *Node) Lock(ctx context.Context, names []string) ([]Locked, error) {
 			return nil, &UnknownVolumeError{Name: name}
 		}
 	}
-	defer n.tellMetrics(ctx, false)
+	defer func() { n.tellMetrics(ctx, n.lastRun(), false) }()
 	connect, disconnect := n.connectOnce(ctx)
 	defer disconnect()
 	locked := make([]Locked, len(targets))

@@ -246,7 +246,7 @@ func (n *Node) writeDown(ctx context.Context, command string, report Report, err
 	if err != nil {
 		n.log.Warn("cannot write the timeline", zap.Error(err))
 	}
-	n.tellMetrics(ctx, true)
+	n.tellMetrics(ctx, s, true)
 }
 
 // beside is where a file of the run directory is: with the status.
@@ -258,14 +258,12 @@ func (n *Node) beside(path string) string {
 // neither KMS nor IMDS, needs no key and takes no lock. The error is for what leaves
 // nothing to tell; what else is wrong is in the status.
 func (n *Node) Status(ctx context.Context) (Status, error) {
-	s, _, err := n.currentStatus(ctx, false)
+	s, _, err := n.currentStatus(ctx, n.lastRun(), false)
 	return s, err
 }
 
-// currentStatus is Status, and the key records. What the last run said comes with an
-// error too. Where it has just ended and did all, disks are not looked at again: it
-// would only be waited for.
-func (n *Node) currentStatus(ctx context.Context, justRan bool) (Status, map[string]keycache.KeyRecord, error) {
+// lastRun is how the last run went, or that none did, or that this cannot be read.
+func (n *Node) lastRun() Status {
 	s, err := ReadStatus(n.statusPath)
 	if err != nil {
 		s = Status{Version: statusVersion, Result: "none", Volumes: []VolumeStatus{}}
@@ -273,6 +271,13 @@ func (n *Node) currentStatus(ctx context.Context, justRan bool) (Status, map[str
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		s.Problems = append(s.Problems, fmt.Sprintf("cannot read how the last run went: %v", err))
 	}
+	return s
+}
+
+// currentStatus is Status after the run that s tells of, and the key records. What that said comes with an
+// error too. Where it has just ended and did all, disks are not looked at again: it
+// would only be waited for.
+func (n *Node) currentStatus(ctx context.Context, s Status, justRan bool) (Status, map[string]keycache.KeyRecord, error) {
 	store, err := keycache.ViewStore(n.cfg.StateDir)
 	if err != nil {
 		return s, nil, err

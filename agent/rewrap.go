@@ -34,6 +34,7 @@ func (r Rewrapped) IsToken() bool { return r.Volume.UUID != "" }
 // record is replaced only when KMS has given the same data key for the old and the
 // new one, and the old one is archived. A failure of one key or token never stops the others.
 func (n *Node) Rewrap(ctx context.Context) (done []Rewrapped, err error) {
+	n.tell(lookingAround)
 	w, end, err := n.beginWork(ctx)
 	if err != nil {
 		return nil, err

@@ -26,7 +26,6 @@ func (n *Node) beginWork(ctx context.Context) (w *work, end func(), err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	n.tell(lookingAround)
 	facts, err := n.observe(ctx, store, nil)
 	if err != nil {
 		release()

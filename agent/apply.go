@@ -305,7 +305,7 @@ func (a *applier) finish(ctx context.Context, act *Action) error {
 		return err
 	}
 	a.reached(stepCleared)
-	a.phase(*act, SpanMkfs, "mkfs."+v.Filesystem)
+	a.phase(*act, SpanMkfs, volumes.MakeProgram(v.Filesystem))
 	if err := volumes.MakeFilesystem(ctx, a.maps.Path(v.Mapping), v.Filesystem, "", v.UUID); err != nil {
 		return err
 	}
@@ -517,6 +517,9 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	a.phase(*act, SpanInspect, "filesystem")
 	a.opened(*act, rec, key, act.Reason)
 	if v.Filesystem, err = a.filesystemOf(ctx, *act); err == nil {
+		err = act.settleSwap()
+	}
+	if err == nil {
 		a.phase(*act, SpanRecords, "adopted")
 		err = a.recordAdopted(rec, v)
 	}
@@ -541,6 +544,19 @@ func (a *applier) filesystemOf(ctx context.Context, act Action) (string, error) 
 			Reason: fmt.Sprintf("volume %s opens, but holds no %v filesystem (%s)", act.Volume.UUID, filesystems, content.Detail)}
 	}
 	return content.Type, nil
+}
+
+// settleSwap corrects the mount point of an adopted volume by what is in it, which the plan could not know.
+func (a *Action) settleSwap() error {
+	v := &a.Volume
+	switch {
+	case v.Filesystem == swapType:
+		v.MountPoint = volumes.SwapPoint
+	case v.MountPoint == volumes.SwapPoint:
+		return &RefusedError{Refusal: RefusedContent, Device: a.Device.Path,
+			Reason: fmt.Sprintf("the configuration says that it is swap, but volume %s holds a filesystem, %s", v.UUID, v.Filesystem)}
+	}
+	return nil
 }
 
 // adoptedKey gives a token's wrapped key its record: one that this instance has
@@ -651,6 +667,10 @@ func (a *applier) openOptions(act Action) luks.OpenOptions {
 }
 
 func (a *applier) mount(ctx context.Context, act Action, mapping string) error {
+	if act.Volume.MountPoint == volumes.SwapPoint {
+		a.phase(act, SpanMount, "swapon")
+		return a.startSwap(a.maps.Path(mapping))
+	}
 	a.phase(act, SpanMount, "mount")
 	m, err := a.mounter()
 	if err != nil {

@@ -80,7 +80,7 @@ type Config struct {
 type VolumeConfig struct {
 	Name       string // kernel path, /dev/disk link, serial or EBS volume id
 	MountPoint string // "": the next of /mnt, /mnt1, …
-	Filesystem string // "": Config.Filesystem
+	Filesystem string // "": Config.Filesystem; "swap" has no mount point
 }
 
 // ConfigError is a configuration that cannot be used, and the place of the cause.
@@ -272,7 +272,7 @@ func (p *parser) top(n *yaml.Node) error {
 		"kms_endpoint":   p.text("kms_endpoint", &c.KMSEndpoint),
 		"imds_endpoint":  p.text("imds_endpoint", &c.IMDSEndpoint),
 		"key_scope":      oneOf(p, "key_scope", &c.KeyScope, string(ScopeNode), string(ScopeVolume)),
-		"filesystem":     oneOf(p, "filesystem", &c.Filesystem, filesystems...),
+		"filesystem":     oneOf(p, "filesystem", &c.Filesystem, filesystems[:2]...),
 		"instance_store": oneOf(p, "instance_store", &c.InstanceStore, policy...),
 		"ebs":            oneOf(p, "ebs", &c.EBS, policy...),
 		"volumes":        p.volumes,
@@ -288,7 +288,10 @@ func (p *parser) top(n *yaml.Node) error {
 	})
 }
 
-var filesystems = []string{"xfs", "ext4"}
+// filesystems are what a volume may have in it; swap only where the configuration names the volume.
+var filesystems = []string{"xfs", "ext4", swapType}
+
+const swapType = "swap"
 
 func (p *parser) volumes(n *yaml.Node) error {
 	if n.Kind != yaml.SequenceNode {
@@ -393,6 +396,9 @@ func (p *parser) check() error {
 			continue
 		}
 		line := p.lines[where+".mount_point"]
+		if v.Filesystem == swapType {
+			return p.fail(line, "mount_point is %q, but the volume is swap, which is mounted nowhere", v.MountPoint)
+		}
 		if err := checkMountPoint(v.MountPoint); err != nil {
 			return p.fail(line, "mount_point is %q: %v", v.MountPoint, err)
 		}

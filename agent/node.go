@@ -84,6 +84,9 @@ type Node struct {
 	maps   mapper
 	mounts func(context.Context) (mounter, error)
 	usage  func(mountPoint string) (volumes.Space, error)
+
+	startSwap, stopSwap func(device string) error
+
 	// statusPath is where the outcome of the last run stands for others to read.
 	statusPath string
 	now        func() time.Time
@@ -111,6 +114,8 @@ func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 		maps:       kernelMapper{},
 		mounts:     func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
 		usage:      volumes.Usage,
+		startSwap:  systemd.StartSwap,
+		stopSwap:   systemd.StopSwap,
 		statusPath: DefaultStatusPath,
 		now:        time.Now,
 		spans:      spans,

@@ -608,11 +608,15 @@ func (d *decision) replaceLost() {
 		if a.Verb != Format || a.Resume || len(a.Replaces) > 0 || a.Device.Class != volumes.ClassInstanceStore {
 			continue
 		}
-		old := d.plan.Actions[lost[0]].Volume
+		// What becomes swap takes the place of swap, and a filesystem that of one, while there is such a place.
+		next := max(0, slices.IndexFunc(lost, func(i int) bool {
+			return (d.plan.Actions[i].Volume.Filesystem == swapType) == (a.Volume.Filesystem == swapType)
+		}))
+		old := d.plan.Actions[lost[next]].Volume
 		a.Replaces, a.Volume.MountPoint = []string{old.UUID}, old.MountPoint
 		a.Reason += fmt.Sprintf("; it takes the place of %s, which went with a stop of the instance", old.UUID)
-		gone[lost[0]] = true
-		lost = lost[1:]
+		gone[lost[next]] = true
+		lost = slices.Delete(lost, next, next+1)
 	}
 	kept := d.plan.Actions[:0]
 	for i, a := range d.plan.Actions {
@@ -636,7 +640,19 @@ func (d *decision) assignMountPoints() {
 	next := 0
 	for i := range d.plan.Actions {
 		a := &d.plan.Actions[i]
-		if c, ok := d.volumeConfig(a.Device.Device); ok && c.MountPoint != "" && a.Verb.acts() {
+		switch v := &a.Volume; {
+		case v.Filesystem == swapType:
+			v.MountPoint = volumes.SwapPoint
+			continue
+		case v.MountPoint == volumes.SwapPoint:
+			v.MountPoint = "" // the place of one that was swap
+		}
+		c, _ := d.volumeConfig(a.Device.Device)
+		if a.Verb == Adopt && c.Filesystem == swapType {
+			a.Volume.MountPoint = volumes.SwapPoint
+			continue
+		}
+		if c.MountPoint != "" && a.Verb.acts() {
 			a.Volume.MountPoint = c.MountPoint
 			continue
 		}

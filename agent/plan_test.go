@@ -365,6 +365,42 @@ func TestReplacedInstanceStoreKeepsItsMountPoint(t *testing.T) {
 	checkAction(t, p.Actions[0], "format /mnt5: takes the place of "+a)
 }
 
+// What becomes swap takes the place of swap, and a filesystem that of a filesystem; swap is never given a mount point, nor a
+// filesystem the place of swap.
+func TestReplacedSwap(t *testing.T) {
+	const a, b = "aaaaaaaa-0000-4000-8000-000000000001", "bbbbbbbb-0000-4000-8000-000000000002"
+	lost := func() *world {
+		w := newWorld().key("k1", me).record(a, keycache.StateReady, store("nvme1n1", "AWS-1"), "/mnt5").record(b, keycache.StateReady, store("nvme2n1", "AWS-2"), volumes.SwapPoint)
+		rec := w.Records.Volumes[b]
+		rec.Filesystem = "swap"
+		w.Records.Volumes[b] = rec
+		w.Config.Volumes = []VolumeConfig{{Name: "/dev/nvme1n1", Filesystem: "swap"}}
+		return w
+	}
+	disk1, disk2 := store("nvme1n1", "AWS-3"), store("nvme2n1", "AWS-4")
+	disk1.Named = "/dev/nvme1n1"
+	p := Decide(lost().device(disk1, none(), blank()).device(disk2, none(), blank()).Facts)
+	if len(p.Actions) != 2 {
+		t.Fatalf("got %+v", p.Actions)
+	}
+	checkAction(t, p.Actions[0], "format [SWAP]: takes the place of "+b)
+	checkAction(t, p.Actions[1], "format /mnt5: takes the place of "+a)
+
+	// Only swap is lost, and no swap is wanted any more.
+	w := lost()
+	delete(w.Records.Volumes, a)
+	w.Config.Volumes = nil
+	checkAction(t, Decide(w.device(disk2, none(), blank()).Facts).Actions[0], "format /mnt: takes the place of "+b)
+
+	// A mount point in the configuration does not make a filesystem of it.
+	w = lost()
+	delete(w.Records.Volumes, a)
+	w.Config.Volumes = []VolumeConfig{{Name: "/dev/nvme2n1", MountPoint: "/data"}}
+	old := store("nvme2n1", "AWS-2")
+	old.Named = "/dev/nvme2n1"
+	checkAction(t, Decide(w.device(old, ours(b), nil).Facts).Actions[0], "unlock [SWAP]: recorded ready")
+}
+
 func TestLostVolumesAreNamed(t *testing.T) {
 	const a = "aaaaaaaa-0000-4000-8000-000000000001"
 	w := newWorld().key("k1", me).record(a, keycache.StateReady, ebs("nvme1n1", "vol-1"), "/mnt")

@@ -11,6 +11,7 @@ import (
 
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
+	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
 // RecoveryResult is what was done with, or found on, one volume that recovery keys
@@ -298,6 +299,9 @@ func (a *applier) unlockRecovery(ctx context.Context, t target, k *keycache.Key,
 	if v.UUID == "" {
 		configured, _ := d.volumeConfig(t.Device)
 		v.UUID, v.Mapping, v.Identity, v.MountPoint = header.Header.UUID, "luks-"+header.Header.UUID, t.Device.Identity, configured.MountPoint
+		if configured.Filesystem == swapType {
+			v.MountPoint = volumes.SwapPoint
+		}
 	}
 	limited, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

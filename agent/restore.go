@@ -233,7 +233,7 @@ func (w *work) restoreRecords(key keycache.KeyRecord, rec keycache.VolumeRecord,
 		return nil
 	}
 	for _, other := range w.facts.Records.Volumes {
-		if other.MountPoint == rec.MountPoint {
+		if other.MountPoint == rec.MountPoint && rec.MountPoint != volumes.SwapPoint {
 			return nil // its place was given to another since: the next run adopts it and gives it a new one
 		}
 	}

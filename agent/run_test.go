@@ -49,6 +49,7 @@ type machine struct {
 	open       map[string]string // mapping name -> device path
 	unfinished map[string]bool   // of these, those without a table in use
 	mounts     map[string]string // mount point -> mapping path
+	swaps      map[string]bool   // mapping path
 	journal    []systemd.Entry
 	taken      int // lines of the audit log that a test has looked at
 	// last is what the last sector of a new mapping begins with; the rest of both its
@@ -63,7 +64,7 @@ func newMachine(t *testing.T) *machine {
 	t.Parallel()
 	m := &machine{
 		t: t, dir: t.TempDir(), kms: kmstest.NewKMS(t), imds: kmstest.NewIMDS(t),
-		open: map[string]string{}, unfinished: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{},
+		open: map[string]string{}, unfinished: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{}, swaps: map[string]bool{},
 		fail: func(string, string) error { return nil },
 	}
 	m.cfg = defaultConfig("config.yaml")
@@ -120,6 +121,7 @@ func (m *machine) node() *Node {
 	n.disks, n.maps, n.statusPath = m, m, filepath.Join(m.dir, "run", "status.json")
 	n.auditLog.journal = m.hear
 	n.mounts = func(context.Context) (mounter, error) { return m.mounter(), nil }
+	n.startSwap, n.stopSwap = m.startSwap, m.stopSwap
 	// Other tests use the memory of this process at the same time; it must not be searched for copies.
 	n.wipeKeys = func(keys ...*keycache.Key) error {
 		for _, k := range keys {
@@ -161,6 +163,7 @@ func (m *machine) reboot() {
 	}
 	clear(m.open)
 	clear(m.mounts)
+	clear(m.swaps)
 }
 
 func (m *machine) Scan(context.Context, []string) (volumes.Scan, error) {
@@ -178,6 +181,9 @@ func (m *machine) Scan(context.Context, []string) (volumes.Scan, error) {
 				if what == m.Path(name) {
 					mapping.Mounts = append(mapping.Mounts, where)
 				}
+			}
+			if m.swaps[m.Path(name)] {
+				mapping.Mounts = append(mapping.Mounts, volumes.SwapPoint)
 			}
 			d.Mappings = append(d.Mappings, mapping)
 			d.Uses = append(d.Uses, volumes.Use{Kind: volumes.UseHeld, What: name, Evidence: name + " is on it"})
@@ -329,6 +335,9 @@ func (m *machine) Close(_ context.Context, name string) error {
 			return fmt.Errorf("cannot close %s: %w", name, luks.ErrBusy)
 		}
 	}
+	if m.swaps[m.Path(name)] {
+		return fmt.Errorf("cannot close %s: %w", name, luks.ErrBusy)
+	}
 	delete(m.open, name)
 	return os.Remove(m.Path(name))
 }
@@ -365,6 +374,31 @@ func (m machineMounts) StopMount(_ context.Context, where string) error {
 }
 
 func (m machineMounts) Close() {}
+
+// startSwap is swapon(8): it takes nothing but swap.
+func (m *machine) startSwap(device string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	found, err := volumes.Filesystem(context.Background(), device)
+	if err == nil && found.Type != "swap" {
+		err = fmt.Errorf("%s holds %q, want swap", device, found.Type)
+	}
+	if err != nil {
+		return err
+	}
+	m.swaps[device] = true
+	return nil
+}
+
+func (m *machine) stopSwap(device string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.fail("swapoff", device); err != nil {
+		return err
+	}
+	delete(m.swaps, device)
+	return nil
+}
 
 // sums are the checksums of the disks that exist now.
 func (m *machine) sums() map[string][32]byte {

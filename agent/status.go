@@ -387,6 +387,9 @@ func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts, sto
 		if !slices.Contains(*mounts, rec.MountPoint) {
 			problem("it is mounted on %s, not on %s", strings.Join(*mounts, ", "), rec.MountPoint)
 		}
+		if (*mounts)[0] == volumes.SwapPoint {
+			break
+		}
 		if space, err := n.usage((*mounts)[0]); err == nil {
 			v.FilesystemUsed, v.FilesystemSize = space.Used, space.Total
 		} else {

@@ -68,7 +68,7 @@ type VolumeRecord struct {
 	Size       int64       `json:"size"`     // bytes
 	State      VolumeState `json:"state"`
 	Filesystem string      `json:"filesystem,omitempty"`
-	MountPoint string      `json:"mount_point,omitempty"` // absolute
+	MountPoint string      `json:"mount_point,omitempty"` // absolute, or [SwapPoint]
 	Mapping    string      `json:"mapping,omitempty"`     // name under /dev/mapper
 	InstanceID string      `json:"instance_id"`
 	Created    time.Time   `json:"created"` // UTC
@@ -108,6 +108,9 @@ func (r *Rotation) validate(of *VolumeRecord) error {
 	}
 	return nil
 }
+
+// SwapPoint is the mount point of a volume that is swap, as lsblk shows it.
+const SwapPoint = "[SWAP]"
 
 // needs says whether the record needs a data key.
 func (r *VolumeRecord) needs(keyID string) bool {
@@ -190,7 +193,9 @@ func (r *VolumeRecord) validate() error {
 		return fmt.Errorf("size %d is not positive", r.Size)
 	case r.State != StateFormatting && r.State != StateReady && r.State != StateWiping:
 		return fmt.Errorf("state %q is none of %q, %q and %q", r.State, StateFormatting, StateReady, StateWiping)
-	case r.MountPoint != "" && (!path.IsAbs(r.MountPoint) || path.Clean(r.MountPoint) != r.MountPoint || strings.Contains(r.MountPoint, "\x00")):
+	case (r.MountPoint == SwapPoint) != (r.Filesystem == "swap"):
+		return fmt.Errorf("mount_point %q does not go with filesystem %q", r.MountPoint, r.Filesystem)
+	case r.MountPoint != "" && r.MountPoint != SwapPoint && (!path.IsAbs(r.MountPoint) || path.Clean(r.MountPoint) != r.MountPoint || strings.Contains(r.MountPoint, "\x00")):
 		return fmt.Errorf("mount_point %q is not a clean absolute path", r.MountPoint)
 	case strings.ContainsAny(r.Mapping, "/\x00") || r.Mapping == "." || r.Mapping == "..":
 		return fmt.Errorf("mapping %q is not a name", r.Mapping)

@@ -205,6 +205,8 @@ func TestCorruptRecordsAreProblems(t *testing.T) {
 		"size negative":    {set("size", -1), "not positive"},
 		"size fraction":    {set("size", 1.5), "cannot unmarshal number"},
 		"mount relative":   {set("mount_point", "mnt"), "not a clean absolute path"},
+		"xfs as swap":      {set("mount_point", "[SWAP]"), "does not go with filesystem"},
+		"swap mounted":     {set("filesystem", "swap"), "does not go with filesystem"},
 		"mount dots":       {set("mount_point", "/mnt/../etc"), "not a clean absolute path"},
 		"mapping path":     {set("mapping", "../sda"), "not a name"},
 		"no class":         {drop("class"), "class is empty"},

@@ -75,7 +75,7 @@ func writeZeros(ctx context.Context, path string, head, tail int64) error {
 	return errors.Join(err, f.Close())
 }
 
-// MakeFilesystem makes an xfs or ext4 filesystem on a device or image file that carries no signature, and
+// MakeFilesystem makes an xfs or ext4 filesystem, or swap, on a device or image file that carries no signature, and
 // returns when it is on stable storage. It never forces: anything that blkid finds is an error (mkfs.xfs refuses too, mkfs.ext4
 // without a terminal does not). An empty
 // label or uuid leaves that to mkfs. Errors: ErrNoProgram where mkfs or blkid is missing, ErrNotEmpty.
@@ -95,8 +95,12 @@ func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error
 		if uuid != "" {
 			args = append(args, "-U", uuid)
 		}
+	case "swap":
+		if uuid != "" {
+			args = []string{"-U", uuid}
+		}
 	default:
-		return fail(fmt.Errorf("only xfs and ext4 are known"))
+		return fail(fmt.Errorf("only xfs, ext4 and swap are known"))
 	}
 	if len(label) > maxLabel[fstype] {
 		return fail(fmt.Errorf("label %q is longer than %d bytes", label, maxLabel[fstype]))
@@ -104,7 +108,7 @@ func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error
 	if label != "" {
 		args = append(args, "-L", label)
 	}
-	cmd, err := program(ctx, "mkfs."+fstype, slices.Concat(args, []string{"--", path})...)
+	cmd, err := program(ctx, MakeProgram(fstype), slices.Concat(args, []string{"--", path})...)
 	if err != nil {
 		return fail(err)
 	}
@@ -118,7 +122,7 @@ func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	if err := cmd.Run(); err != nil {
-		return fail(commandError("mkfs."+fstype, err, stderr.Bytes()))
+		return fail(commandError(MakeProgram(fstype), err, stderr.Bytes()))
 	}
 	if err := flush(path); err != nil {
 		return fail(err)
@@ -127,9 +131,17 @@ func MakeFilesystem(ctx context.Context, path, fstype, label, uuid string) error
 		return fail(err)
 	}
 	if found.Type != fstype {
-		return fail(fmt.Errorf("mkfs succeeded, but blkid finds type %q", found.Type))
+		return fail(fmt.Errorf("%s succeeded, but blkid finds type %q", MakeProgram(fstype), found.Type))
 	}
 	return nil
+}
+
+// MakeProgram is the program by which [MakeFilesystem] makes a filesystem.
+func MakeProgram(fstype string) string {
+	if fstype == "swap" {
+		return "mkswap"
+	}
+	return "mkfs." + fstype
 }
 
 // LeastSize is the smallest device, in bytes, that [MakeFilesystem] can make a filesystem on: mkfs.xfs refuses less than
@@ -143,7 +155,7 @@ func LeastSize(fstype string) int64 {
 
 // CheckMakeFilesystem tells whether [MakeFilesystem] has the programs it needs, by ErrNoProgram if not.
 func CheckMakeFilesystem(fstype string) error {
-	for _, name := range []string{"blkid", "mkfs." + fstype} {
+	for _, name := range []string{"blkid", MakeProgram(fstype)} {
 		if _, err := program(context.Background(), name); err != nil {
 			return fmt.Errorf("cannot make filesystem %q: %w", fstype, err)
 		}

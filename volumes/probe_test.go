@@ -294,6 +294,13 @@ func TestZeroEnds(t *testing.T) {
 
 func TestMakeFilesystem(t *testing.T) {
 	const uuid = "0f8fad5b-d9cb-469f-a165-70867728950e"
+	swap := image(t, 64*mib)
+	if err := MakeFilesystem(t.Context(), swap, "swap", "", uuid); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := Filesystem(t.Context(), swap); err != nil || got != (Content{Type: "swap", UUID: uuid, Detail: "swap signature"}) {
+		t.Errorf("swap: %+v, %v", got, err)
+	}
 	for fstype, size := range map[string]int64{"ext4": 64 * mib, "xfs": 400 * mib} {
 		path := image(t, size)
 		if err := MakeFilesystem(t.Context(), path, fstype, "my data", uuid); err != nil {
@@ -328,7 +335,7 @@ func TestMakeFilesystemRefuses(t *testing.T) {
 	}
 	blank := image(t, size)
 	for _, args := range [][3]string{
-		{"btrfs", "", ""}, {"", "", ""}, {"xfs", "thirteen long", ""}, {"ext4", "seventeen letters", ""}, {"ext4", "", "not-a-uuid"}, {"xfs", "", "not-a-uuid"},
+		{"btrfs", "", ""}, {"", "", ""}, {"xfs", "thirteen long", ""}, {"ext4", "seventeen letters", ""}, {"ext4", "", "not-a-uuid"}, {"xfs", "", "not-a-uuid"}, {"swap", "", "not-a-uuid"}, {"swap", "any", ""},
 	} {
 		if err := MakeFilesystem(t.Context(), blank, args[0], args[1], args[2]); err == nil {
 			t.Errorf("%q succeeded", args)

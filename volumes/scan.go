@@ -43,8 +43,11 @@ type Mapping struct {
 	Name   string   // as in /dev/mapper
 	UUID   string   // of device mapper; a LUKS2 mapping's begins with "CRYPT-LUKS2-"
 	Kernel string   // "dm-3"
-	Mounts []string // mount points of it
+	Mounts []string // mount points of it; [SwapPoint] where it is active swap
 }
+
+// SwapPoint stands where a mount point would for active swap, as in lsblk's output.
+const SwapPoint = "[SWAP]"
 
 // Device is a whole disk, or a loop device that the configuration names.
 type Device struct {

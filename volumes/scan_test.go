@@ -82,6 +82,12 @@ func TestOpenMapping(t *testing.T) {
 	if !reflect.DeepEqual(d.Mappings, want) {
 		t.Errorf("mappings %+v, want %+v", d.Mappings, want)
 	}
+	tr.nvme("nvme2n1", "259:4", modelInstanceStore, "AWS2")
+	tr.dm("dm-1", "253:1", "luks-2", "CRYPT-LUKS2-2-luks-2", "nvme2n1")
+	tr.swap("/dev/dm-1", "partition")
+	if got := tr.scan().device(t, "nvme2n1").Mappings; len(got) != 1 || !reflect.DeepEqual(got[0].Mounts, []string{SwapPoint}) {
+		t.Errorf("swap: mappings %+v", got)
+	}
 	if got, want := (Scan{Devices: []Device{d}}).usesOf(), "nvme1n1: mounted /mnt, mounted /my data, held dm-0"; got != want {
 		t.Errorf("uses %s, want %s", got, want)
 	}

@@ -12,8 +12,11 @@ import (
 )
 
 // EverMounted tells whether an xfs or ext4 filesystem was mounted for writing since it was made, so that it may hold somebody's data.
-// One whose mkfs was cut was not. What cannot be told is an error or true.
+// One whose mkfs was cut was not, nor was swap, which keeps nothing. What cannot be told is an error or true.
 func EverMounted(path, fstype string) (bool, error) {
+	if fstype == "swap" {
+		return false, nil // what is in it is lost at every boot
+	}
 	fail := func(err error) (bool, error) {
 		return false, fmt.Errorf("cannot tell whether %s was in use: %w", path, err)
 	}

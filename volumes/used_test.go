@@ -25,6 +25,7 @@ func TestEverMounted(t *testing.T) {
 		{"xfs with another log", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), 9, 9) }, true},
 		{"xfs whose mkfs was cut", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), 9, 9); writeAt(t, p, 126, 1) }, false},
 		{"xfs whose log never reached the disk", "xfs", func(p string) { writeAt(t, p, xfsLog(t, p), make([]byte, 512<<10)...) }, false},
+		{"swap", "swap", func(p string) { writeAt(t, p, 1<<20, 1) }, false},
 		{"of a kind that is not known", "btrfs", func(string) {}, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {

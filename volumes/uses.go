@@ -105,6 +105,7 @@ func (t *table) findSwap() error {
 		if err := t.mark(n, Use{UseSwap, s.path, "swap is on " + n.describe()}); err != nil {
 			return fail(err)
 		}
+		t.pointsOf[n.name] = append(t.pointsOf[n.name], SwapPoint)
 	}
 	return nil
 }

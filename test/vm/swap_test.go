@@ -1,0 +1,62 @@
+//go:build vm
+
+package vm_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
+)
+
+// TestSwap: an instance-store volume is encrypted swap, at first boot and after a reboot; what was swapped out does not stand on the
+// disk, and lock takes it back.
+func TestSwap(t *testing.T) {
+	t.Parallel()
+	n := harness.NewNode(t, assets, "volumes:\n  - name: AWS11111111111111111\n    filesystem: swap\n", ssd1, ebs1)
+	wantSwap := func(when string) {
+		t.Helper()
+		list := strings.Split(strings.TrimSpace(n.Sh("swapon --show=NAME,TYPE --noheadings --raw; lsblk -nro NAME,MOUNTPOINT | grep '^luks-.* \\[SWAP\\]$'")), "\n")
+		if len(list) != 2 || !strings.HasPrefix(list[0], "/dev/dm-") {
+			t.Errorf("%s: swap is %q", when, list)
+		}
+		wantMounted(t, n, "/mnt")
+	}
+	n.Resume()
+	n.AwaitVolumes()
+	wantSwap("first boot")
+
+	// Memory of a group that may keep little of it goes to swap: the marker is in every page.
+	const marker = "SWAPPED-OUT-MARKER-7d1f"
+	n.Sh("mkdir -p /sys/fs/cgroup/story && echo 8M >/sys/fs/cgroup/story/memory.high && " +
+		"bash -c 'echo $$ >/sys/fs/cgroup/story/cgroup.procs; x=$(yes " + marker + " | head -c 32000000); grep ^VmSwap: /proc/$$/status; [ ${#x} -gt 31000000 ]' >/run/swapped")
+	if out := string(n.Read("/run/swapped")); strings.Contains(out, " 0 kB") || !strings.Contains(out, "VmSwap:") {
+		t.Errorf("nothing was swapped out: %s", out)
+	}
+	n.Sh("sync")
+	if found := n.Find("ssd1", []byte(marker)); len(found) > 0 {
+		t.Errorf("the disk shows %v", found)
+	}
+	if s := n.Sh("luks-kms-agent status"); !strings.Contains(s, "[SWAP]") || !strings.Contains(s, "swap") {
+		t.Errorf("status: %s", s)
+	}
+
+	n.Reboot()
+	n.AwaitVolumes()
+	wantCalls(t, n, 1, 2, 1)
+	wantSwap("reboot")
+	if failed := n.Sh("systemctl --failed --no-legend; journalctl -b -1 -o cat | grep -i 'failed deactivating\\|failed unmounting' || true"); failed != "" {
+		t.Errorf("failed: %s", failed)
+	}
+
+	if r := n.Agent("lock AWS11111111111111111"); r.Code != 0 || !strings.Contains(r.Stdout, "locked [SWAP] ") {
+		t.Errorf("lock: %s", r)
+	}
+	if left := n.Sh("swapon --show --noheadings"); left != "" {
+		t.Errorf("swap after the lock: %s", left)
+	}
+	if r := n.Agent("unlock"); r.Code != 0 {
+		t.Errorf("unlock: %s", r)
+	}
+	wantSwap("unlocked")
+}

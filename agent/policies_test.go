@@ -72,7 +72,8 @@ func TestPoliciesDocumentedAreThoseNeeded(t *testing.T) {
 	}
 	locked.reboot()
 	withRecovery := locked.copyTo(filepath.Join(t.TempDir(), "recovery"))
-	if _, err := withRecovery.addRecovery(false, "vol-1"); err != nil {
+	onPaper, err := withRecovery.addRecovery(false, "vol-1")
+	if err != nil {
 		t.Fatal(err)
 	}
 	newKey := blank.kms.NewKey(kmstest.KeySpec{})
@@ -102,16 +103,19 @@ func TestPoliciesDocumentedAreThoseNeeded(t *testing.T) {
 			}
 			return err
 		}},
-		"`header backup`":       {locked, func(m *machine) error { _, err := m.backUp(); return err }},
-		"`header restore`":      {locked, func(m *machine) error { _, err := m.restore(files["vol-1"], ""); return err }},
-		"`recovery-key add`":    {locked, func(m *machine) error { _, err := m.addRecovery(false, "vol-1"); return err }},
-		"`recovery-key remove`": {withRecovery, func(m *machine) error { return m.removeRecovery("vol-1") }},
-		"`recovery-key list`":   {withRecovery, func(m *machine) error { return failuresOf(m.node().ListRecovery(t.Context(), nil)) }},
-		"`rotate`":              {locked, func(m *machine) error { _, err := m.rotate(); return err }},
-		"`rewrap`":              {locked, func(m *machine) error { _, err := m.rewrap(newKey); return err }},
-		"`plan`":                {locked, func(m *machine) error { _, err := m.node().Plan(t.Context()); return err }},
-		"`status`":              {locked, func(m *machine) error { m.status(); return nil }},
-		"`lock`":                {locked, func(m *machine) error { _, err := m.node().Lock(t.Context(), nil); return err }},
+		"`header backup`":         {locked, func(m *machine) error { _, err := m.backUp(); return err }},
+		"`header restore`":        {locked, func(m *machine) error { _, err := m.restore(files["vol-1"], ""); return err }},
+		"`recovery-key add`":      {locked, func(m *machine) error { _, err := m.addRecovery(false, "vol-1"); return err }},
+		"`recovery-key remove`":   {withRecovery, func(m *machine) error { return m.removeRecovery("vol-1") }},
+		"`recovery-key list`":     {withRecovery, func(m *machine) error { return failuresOf(m.node().ListRecovery(t.Context(), nil)) }},
+		"`recovery-key test`":     {withRecovery, func(m *machine) error { return m.testRecovery(onPaper, "vol-1") }},
+		"`unlock --recovery-key`": {withRecovery, func(m *machine) error { _, err := m.unlockRecovery(onPaper, "vol-1"); return err }},
+		"`wipe`":                  {locked, func(m *machine) error { _, err := m.wipe("vol-1"); return err }},
+		"`rotate`":                {locked, func(m *machine) error { _, err := m.rotate(); return err }},
+		"`rewrap`":                {locked, func(m *machine) error { _, err := m.rewrap(newKey); return err }},
+		"`plan`":                  {locked, func(m *machine) error { _, err := m.node().Plan(t.Context()); return err }},
+		"`status`":                {locked, func(m *machine) error { m.status(); return nil }},
+		"`lock`":                  {locked, func(m *machine) error { _, err := m.node().Lock(t.Context(), nil); return err }},
 	}
 	nodeRole := blank.shippedPolicy(kmstest.RolePolicy, "node-role", newKey)
 	ofKey := func(name string) map[string]*kmstest.Policy {

@@ -179,6 +179,12 @@ func TestPoliciesDocumentedAreThoseNeeded(t *testing.T) {
 			allowed[arn] = ops
 		}
 		for i, policy := range columns {
+			if needs == "nothing" { // and works with nothing, so with each
+				if row[2+i] != "yes" {
+					t.Errorf("%s with %s: the table says %s", command, policy, row[2+i])
+				}
+				continue
+			}
 			err := try(command, shipped[policy])
 			if (row[2+i] == "yes") != (err == nil) {
 				t.Errorf("%s with %s: the table says %s, but: %v", command, policy, row[2+i], err)

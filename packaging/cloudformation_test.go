@@ -287,6 +287,9 @@ func (t *template) ref(name string) any {
 	}
 	if p, ok := t.Parameters[name]; ok {
 		t.used[name] = true
+		if p.Type == "String" && p.Default != "" {
+			return p.Default
+		}
 		return parameterTypes[p.Type]
 	}
 	if _, ok := t.Resources[name]; !ok {
@@ -414,6 +417,7 @@ func TestCloudFormation(t *testing.T) {
 		"LaunchTemplate.LaunchTemplateData.MetadataOptions": map[string]any{"HttpEndpoint": "enabled", "HttpTokens": "required", "HttpPutResponseHopLimit": 1},
 		"LaunchTemplate.LaunchTemplateData.UserData":        nil,
 		"Key.PendingWindowInDays":                           30,
+		"Alias.AliasName":                                   "alias/luks-kms-agent",
 		"Key.EnableKeyRotation":                             true,
 		"Endpoint.PrivateDnsEnabled":                        true,
 		"Endpoint.ServiceName":                              "com.amazonaws.us-east-1.kms",

@@ -1,6 +1,7 @@
 package kmstest
 
 import (
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -59,35 +60,31 @@ func (k *KMS) authorize(action string, key *key, context map[string]string) *api
 // Allows tells what AWS would: a denial beats all; the endpoint has to allow; then the key's policy, or a grant, or the role's policy where the key's
 // leaves it to the account.
 func (a *Access) Allows(r Request) bool {
-	full := Request{Principal: r.Principal, Action: r.Action, Resource: r.Resource, Context: map[string][]string{
-		"aws:PrincipalArn": {r.Principal}, "aws:PrincipalAccount": {Account},
-	}}
-	for _, more := range []map[string][]string{a.Context, r.Context} {
-		for name, values := range more {
-			full.Context[name] = values
-		}
-	}
+	context := map[string][]string{"aws:PrincipalArn": {r.Principal}}
+	maps.Copy(context, a.Context)
+	maps.Copy(context, r.Context)
+	r.Context = context
 	onKey := a.Keys[r.Resource]
 	if onKey == nil {
-		onKey = &Policy{Statements: []Statement{{Principal: map[string][]string{"AWS": {account}}, Action: []string{"kms:*"}, Resource: []string{"*"}}}}
+		onKey = &Policy{Statements: []Statement{{Principal: []string{account}, Action: []string{"kms:*"}, Resource: []string{"*"}}}}
 	}
 	for _, p := range slices.Concat(a.Role, a.Control, []*Policy{onKey, a.Endpoint}) {
-		if p != nil && p.says(full, true, full.Principal) {
+		if p != nil && p.says(r, true, r.Principal) {
 			return false
 		}
 	}
-	if a.Endpoint != nil && !a.Endpoint.says(full, false, full.Principal) {
+	if a.Endpoint != nil && !a.Endpoint.says(r, false, r.Principal) {
 		return false
 	}
-	if onKey.says(full, false, full.Principal) {
+	if onKey.says(r, false, r.Principal) {
 		return true
 	}
 	if slices.ContainsFunc(a.Grants, func(g Grant) bool {
-		return g.Key == full.Resource && g.Grantee == full.Principal && slices.Contains(g.Operations, strings.TrimPrefix(full.Action, "kms:"))
+		return g.Key == r.Resource && g.Grantee == r.Principal && slices.Contains(g.Operations, strings.TrimPrefix(r.Action, "kms:"))
 	}) {
 		return true
 	}
-	return onKey.says(full, false, account) && slices.ContainsFunc(a.Role, func(p *Policy) bool { return p.says(full, false, "") })
+	return onKey.says(r, false, account) && slices.ContainsFunc(a.Role, func(p *Policy) bool { return p.says(r, false, "") })
 }
 
 // account as a principal: whoever the account's IAM policies allow.
@@ -103,16 +100,14 @@ func (p *Policy) says(r Request, deny bool, as string) bool {
 	})
 }
 
-// isAbout: a statement without a principal is about whoever it is attached to. A denial of the account is one of everybody in it.
+// isAbout: a statement without a principal is about whoever it is attached to.
 func (s Statement) isAbout(principal string) bool {
-	return s.Principal == nil || slices.ContainsFunc(s.Principal["AWS"], func(p string) bool {
-		return p == "*" && principal != account || p == principal || s.Deny && p == account
-	})
+	return s.Principal == nil || slices.Contains(s.Principal, "*") || slices.Contains(s.Principal, principal)
 }
 
 func (s Statement) conditionsHold(r Request) bool {
 	for name, keys := range s.Condition {
-		set, compare, _ := operator(name)
+		all, compare, _ := operator(name)
 		for key, wanted := range keys {
 			values, there := r.Context[key]
 			if name == "Null" {
@@ -128,12 +123,10 @@ func (s Statement) conditionsHold(r Request) bool {
 				return slices.ContainsFunc(wanted, func(w string) bool { return compare(w, v) }) != negated
 			}
 			switch {
-			case !there && (set == "ForAllValues" || negated || strings.HasSuffix(name, "IfExists")):
+			case !there && (all || negated):
 			case !there:
 				return false
-			case set == "ForAnyValue" && !slices.ContainsFunc(values, holds):
-				return false
-			case set != "ForAnyValue" && slices.ContainsFunc(values, func(v string) bool { return !holds(v) }):
+			case slices.ContainsFunc(values, func(v string) bool { return !holds(v) }):
 				return false
 			}
 		}
@@ -163,19 +156,13 @@ func resolve(values []string, context map[string][]string) []string {
 
 // operator takes the name of a condition's operator apart.
 // https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_elements_condition_operators.html
-func operator(name string) (set string, compare func(wanted, got string) bool, ok bool) {
-	if before, after, found := strings.Cut(name, ":"); found {
-		if set, name = before, after; set != "ForAllValues" && set != "ForAnyValue" {
-			return "", nil, false
-		}
-	}
+func operator(name string) (all bool, compare func(wanted, got string) bool, ok bool) {
+	name, all = strings.CutPrefix(name, "ForAllValues:")
 	equal := func(wanted, got string) bool { return wanted == got }
 	compare, ok = map[string]func(wanted, got string) bool{
-		"StringEquals": equal, "StringNotEquals": equal, "StringLike": like, "StringNotLike": like,
-		"ArnEquals": like, "ArnNotEquals": like, "ArnLike": like, "ArnNotLike": like,
-		"Bool": strings.EqualFold, "Null": equal, "NumericLessThan": less,
-	}[strings.TrimSuffix(name, "IfExists")]
-	return set, compare, ok
+		"StringEquals": equal, "StringNotEquals": equal, "ArnEquals": like, "ArnNotEquals": like, "NumericLessThan": less, "Null": equal,
+	}[name]
+	return all, compare, ok
 }
 
 func less(wanted, got string) bool {

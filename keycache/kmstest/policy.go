@@ -38,11 +38,11 @@ type Policy struct {
 	Statements []Statement
 }
 
-// Statement is one statement of a policy. Of the grammar, NotPrincipal, NotAction and NotResource are left out: none of ours has a use for them.
+// Statement is one statement of a policy. Of the grammar, NotPrincipal, NotAction and NotResource are left out, and principals that are services: none of ours has a use for them.
 type Statement struct {
 	Sid       string
 	Deny      bool
-	Principal map[string][]string // kind -> values; of everybody "AWS": "*"
+	Principal []string // ARNs, or "*"; nil where it is whoever the policy is attached to
 	Action    []string
 	Resource  []string
 	Condition map[string]map[string][]string // operator -> key -> values
@@ -62,23 +62,22 @@ func PolicyActions() []string {
 }
 
 // foreignActions are those of other services that our policies name.
-var foreignActions = []string{"elasticmapreduce:DescribeSecurityConfiguration", "sts:AssumeRole"}
+var foreignActions = []string{"elasticmapreduce:DescribeSecurityConfiguration"}
 
 // conditionKeys are those that our policies may use.
 // https://docs.aws.amazon.com/kms/latest/developerguide/conditions-kms.html
 // https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_condition-keys.html
 var conditionKeys = []string{
 	"kms:EncryptionContextKeys", "kms:GrantOperations", "kms:GranteePrincipal", "kms:ScheduleKeyDeletionPendingWindowInDays",
-	"aws:SourceVpc", "aws:EC2InstanceSourceVPC", "aws:PrincipalArn", "aws:PrincipalAccount",
+	"aws:SourceVpc", "aws:EC2InstanceSourceVPC", "aws:PrincipalArn",
 }
 
 var (
-	sidForm     = regexp.MustCompile(`^[A-Za-z0-9]+$`)
-	actionForm  = regexp.MustCompile(`^[a-z0-9-]+:[A-Za-z*]+$`)
-	keyARNForm  = regexp.MustCompile(`^arn:aws[a-z-]*:kms:[a-z]{2}(-[a-z]+)+-\d:\d{12}:(key/[0-9a-f-]{36}|alias/[A-Za-z0-9/_-]+)$`)
-	iamARNForm  = regexp.MustCompile(`^arn:aws[a-z-]*:iam::\d{12}:(root|(role|user)/[\w+=,.@/-]+)$`)
-	serviceForm = regexp.MustCompile(`^[a-z0-9-]+\.amazonaws\.com$`)
-	variable    = regexp.MustCompile(`\$\{([^}]*)\}`)
+	sidForm    = regexp.MustCompile(`^[A-Za-z0-9]+$`)
+	actionForm = regexp.MustCompile(`^[a-z0-9-]+:[A-Za-z*]+$`)
+	keyARNForm = regexp.MustCompile(`^arn:aws[a-z-]*:kms:[a-z]{2}(-[a-z]+)+-\d:\d{12}:(key/[0-9a-f-]{36}|alias/[A-Za-z0-9/_-]+)$`)
+	iamARNForm = regexp.MustCompile(`^arn:aws[a-z-]*:iam::\d{12}:(root|(role|user)/[\w+=,.@/-]+)$`)
+	variable   = regexp.MustCompile(`\$\{([^}]*)\}`)
 )
 
 // ParsePolicy reads a policy as strictly as AWS does and more: an element, action, operator, condition key or form of ARN that is not known is an
@@ -254,30 +253,22 @@ func parseStatement(kind PolicyKind, text []byte) (s Statement, wrong []error) {
 	return s, wrong
 }
 
-func parsePrincipal(text json.RawMessage, say func(string, ...any)) map[string][]string {
+func parsePrincipal(text json.RawMessage, say func(string, ...any)) []string {
 	if string(text) == `"*"` {
-		return map[string][]string{"AWS": {"*"}}
+		return []string{"*"}
 	}
-	var kinds map[string]json.RawMessage
-	if err := json.Unmarshal(text, &kinds); err != nil || len(kinds) == 0 {
+	var aws json.RawMessage
+	err := elements(text, map[string]*json.RawMessage{"AWS": &aws})
+	list, ok := oneOrMore(aws)
+	if err != nil || !ok {
 		say("Principal is %s", text)
 	}
-	all := map[string][]string{}
-	for kind, value := range kinds {
-		form := map[string]*regexp.Regexp{"AWS": iamARNForm, "Service": serviceForm}[kind]
-		list, ok := oneOrMore(value)
-		if form == nil || !ok {
-			say("Principal is %s", text)
-			continue
+	for _, p := range list {
+		if p != "*" && !iamARNForm.MatchString(p) {
+			say("%s is no principal", p)
 		}
-		for _, v := range list {
-			if v != "*" && !form.MatchString(v) {
-				say("%s is no principal", v)
-			}
-		}
-		all[kind] = list
 	}
-	return all
+	return list
 }
 
 func parseCondition(text json.RawMessage, say func(string, ...any)) map[string]map[string][]string {

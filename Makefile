@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help build lint test-unit test-vm test demo bench bench-baseline bench-compare fleet fuzz soak protections update-golden man install clean
+.PHONY: help build lint test-unit test-vm test demo bench bench-baseline bench-compare fleet fuzz soak protections update-golden licenses man install clean
 
 GO      ?= go
 DESTDIR ?=
@@ -127,6 +127,9 @@ protections: ## take away what protects data, one thing at a time, and see its t
 update-golden: ## write the expected output of the command line's tests anew
 	@$(GO) test -count=1 -run '^(TestScripts|TestCompletion|TestHelp|TestTables|TestScreens)$$' ./cmd/luks-kms-agent -update
 
+licenses: ## write the licences and notices of what is linked in to packaging/licenses, and refuse what is not allowed
+	@$(GO) run -C test/tools ./licenses -root ../..
+
 # Made by a program for this machine, also where the one that is installed is for another.
 man: ## write the man pages and shell completions to build/
 	@rm -rf build/man build/completions && mkdir -p build/completions
@@ -140,7 +143,7 @@ install: build man ## install under DESTDIR: program, units, man pages, completi
 	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system systemd/luks-kms-agent.service systemd/luks-kms-agent.target
 	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg
 	@install -D -m 0644 -t $(DESTDIR)/etc/logrotate.d packaging/logrotate/luks-kms-agent
-	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json packaging/prometheus/alerts.yaml
+	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE packaging/licenses/* README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json packaging/policies/*.yaml packaging/prometheus/alerts.yaml
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/man/man8 build/man/*.8
 	@gzip -9nf $(addprefix $(DESTDIR)/usr/share/man/man8/,luks-kms-agent.8 luks-kms-agent-*.8)
 	@install -D -m 0644 build/completions/bash $(DESTDIR)/usr/share/bash-completion/completions/luks-kms-agent

@@ -81,6 +81,7 @@ type KMS struct {
 	aliases      map[string]string
 	faults       []*Fault
 	denied       map[string]bool
+	access       *Access
 	calls        []Call
 	allowContext bool
 	ahead        time.Duration
@@ -166,11 +167,11 @@ func (k *KMS) Fail(f Fault) {
 	k.faults = append(k.faults, &f)
 }
 
-// Heal takes all faults and denials away.
+// Heal takes all faults, denials and policies away.
 func (k *KMS) Heal() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.faults, k.denied = nil, map[string]bool{}
+	k.faults, k.denied, k.access = nil, map[string]bool{}, nil
 }
 
 // Trust makes KMS accept only the credentials that m hands out now.
@@ -389,6 +390,14 @@ func (k *KMS) serve(op string, in request, r *http.Request) (map[string]any, *ap
 	if refusal != nil {
 		return nil, refusal
 	}
+	if op == "ReEncrypt" {
+		refusal = k.authorize("ReEncryptFrom", key, in.SourceEncryptionContext)
+	} else {
+		refusal = k.authorize(op, key, in.EncryptionContext)
+	}
+	if refusal != nil {
+		return nil, refusal
+	}
 	switch op {
 	case "DescribeKey":
 		return map[string]any{"KeyMetadata": map[string]any{
@@ -422,6 +431,9 @@ func (k *KMS) serve(op string, in request, r *http.Request) (map[string]any, *ap
 		to, refusal := k.find(in.DestinationKeyId)
 		if refusal != nil {
 			return nil, refusal
+		}
+		if e := k.authorize("ReEncryptTo", to, in.DestinationEncryptionContext); e != nil {
+			return nil, e
 		}
 		if e := key.usable(); e != nil {
 			return nil, e

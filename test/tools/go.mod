@@ -12,6 +12,7 @@ tool (
 )
 
 require (
+	github.com/google/licensecheck v0.3.1
 	github.com/nsmithuk/local-kms v0.0.0-20231025161602-e4d9425700fe
 	github.com/sirupsen/logrus v1.9.3
 	gonum.org/v1/plot v0.17.0

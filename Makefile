@@ -144,6 +144,7 @@ install: build man ## install under DESTDIR: program, units, man pages, completi
 	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg
 	@install -D -m 0644 -t $(DESTDIR)/etc/logrotate.d packaging/logrotate/luks-kms-agent
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE packaging/licenses/* README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json packaging/policies/*.yaml packaging/prometheus/alerts.yaml
+	@for f in $$(cd packaging/drop-ins && find . -type f); do install -D -m 0644 packaging/drop-ins/$$f $(DESTDIR)/usr/share/doc/luks-kms-agent/drop-ins/$$f; done
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/man/man8 build/man/*.8
 	@gzip -9nf $(addprefix $(DESTDIR)/usr/share/man/man8/,luks-kms-agent.8 luks-kms-agent-*.8)
 	@install -D -m 0644 build/completions/bash $(DESTDIR)/usr/share/bash-completion/completions/luks-kms-agent

@@ -15,7 +15,7 @@ import (
 
 // The packages whose unit files make a node's boot. They come from this machine's own distribution, and nothing of them
 // is installed.
-var bootPackages = []string{"systemd", "udev", "cloud-init", "ifupdown"}
+var bootPackages = []string{"systemd", "udev", "cloud-init", "ifupdown", "postgresql-common"}
 
 // What enables the units of each package; Debian's own maintainer scripts and cloud-init's generator make these links.
 const cloudInitTarget = "cloud-init.target"
@@ -107,10 +107,16 @@ func (b *boot) write(name, text string) {
 
 func (b *boot) link(folder, name string) {
 	b.t.Helper()
+	b.linkTo(folder, name, name)
+}
+
+// linkTo is link where the file has another name, as an instance has.
+func (b *boot) linkTo(folder, name, file string) {
+	b.t.Helper()
 	if err := os.MkdirAll(filepath.Join(b.dir, folder), 0o755); err != nil {
 		b.t.Fatal(err)
 	}
-	err := os.Symlink("../"+name, filepath.Join(b.dir, folder, name))
+	err := os.Symlink("../"+file, filepath.Join(b.dir, folder, name))
 	if err != nil && !os.IsExist(err) {
 		b.t.Fatal(err)
 	}
@@ -265,6 +271,38 @@ var additions = []struct {
 		b.link("luks-kms-agent.target.wants", "consumer.service")
 	}, false},
 
+	{"Debian's PostgreSQL", func(b *boot) {
+		b.dropIn("postgresql@.service")
+		b.enable("postgresql.service")
+		for _, by := range []string{"multi-user.target", "luks-kms-agent.target", "postgresql.service"} { // the last by its generator
+			b.linkTo(by+".wants", "postgresql@15-main.service", "postgresql@.service")
+		}
+	}, false},
+	{"every shipped drop-in", func(b *boot) {
+		files, err := filepath.Glob(dropIns + "*.service.d")
+		if err != nil || len(files) < 7 {
+			b.t.Fatalf("drop-ins: %v (%v)", files, err)
+		}
+		b.write("volume-directories.service", read(b.t, dropIns+"volume-directories.service"))
+		b.enable("volume-directories.service")
+		for _, file := range files {
+			name := strings.TrimSuffix(filepath.Base(file), ".d")
+			if strings.Contains(name, "@") {
+				continue
+			}
+			b.write(name, orderings[name]+"[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n")
+			b.dropIn(name)
+			b.enable(name)
+			b.link("luks-kms-agent.target.wants", name)
+		}
+		b.write("docker.socket", "[Unit]\nPartOf=docker.service\n[Socket]\nListenStream=/run/docker.sock\n[Install]\nWantedBy=sockets.target\n")
+		b.enable("docker.socket")
+		// What the fstab generator makes of the shipped line.
+		b.write("var-lib-containerd.mount", "[Unit]\nAfter=luks-kms-agent.target volume-directories.service\nRequires=luks-kms-agent.target volume-directories.service\n"+
+			"[Mount]\nWhat=/mnt/containerd\nWhere=/var/lib/containerd\nType=none\nOptions=bind,nofail,_netdev\n")
+		b.link("luks-kms-agent.target.wants", "var-lib-containerd.mount")
+	}, false},
+
 	// Known to be bad: these show that the check sees a cycle.
 	{"plain fstab mount", func(b *boot) {
 		b.write("data.mount", fstabMount("/data", "defaults", "Before=local-fs.target\n"))
@@ -276,6 +314,25 @@ var additions = []struct {
 	{"After=cloud-final.service of a default service", func(b *boot) {
 		b.write("luks-kms-agent.service.d/bad.conf", "[Unit]\nDefaultDependencies=yes\nAfter=cloud-final.service\n")
 	}, true},
+}
+
+// dropIns is where those for consumers are.
+const dropIns = "../packaging/drop-ins/"
+
+// orderings are what the units of the projects themselves say of the order: docker.service of Docker 28, containerd.service of 2.1, kubelet.service of
+// Kubernetes 1.34; the others as Bigtop and Fedora have them.
+var orderings = map[string]string{
+	"docker.service":                  "[Unit]\nAfter=network-online.target nss-lookup.target docker.socket firewalld.service containerd.service time-set.target\nWants=network-online.target containerd.service\nRequires=docker.socket\n",
+	"containerd.service":              "[Unit]\nAfter=network.target dbus.service local-fs.target\n",
+	"kubelet.service":                 "[Unit]\nWants=network-online.target\nAfter=network-online.target\n",
+	"hadoop-hdfs-datanode.service":    "[Unit]\nAfter=network.target\n",
+	"hadoop-yarn-nodemanager.service": "[Unit]\nAfter=network.target\n",
+}
+
+// dropIn adds the shipped drop-in of a unit.
+func (b *boot) dropIn(name string) {
+	file := name + ".d/50-luks-kms-agent.conf"
+	b.write(file, read(b.t, dropIns+file))
 }
 
 func TestBootHasNoOrderingCycle(t *testing.T) {
@@ -293,6 +350,11 @@ func TestBootHasNoOrderingCycle(t *testing.T) {
 				}
 				if !a.cycle && found != "" {
 					t.Errorf("cycle:\n%s", found)
+				}
+				for line := range strings.Lines(out) {
+					if strings.Contains(line, "50-luks-kms-agent.conf") {
+						t.Errorf("a drop-in: %s", line)
+					}
 				}
 			})
 		}

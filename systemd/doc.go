@@ -3,7 +3,7 @@
 // luks-kms-agent.target lie beside it.
 //
 // A mount is mount(2), and a drop-in for the unit that systemd makes of it. Where systemd knows something of the mount point already, or
-// the agent is in a mount namespace of its own, it is a transient mount unit over D-Bus. In both cases the mount is in the host's
+// the agent is in a mount namespace of its own, as the service is, it is a transient mount unit over D-Bus. In both cases the mount is in the host's
 // namespace, has a unit that consumers can name in RequiresMountsFor=, and is taken down in order at shutdown.
 //
 // # Order of a mount unit

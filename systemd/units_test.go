@@ -412,6 +412,14 @@ func TestServiceKeepsTheDesign(t *testing.T) {
 		{"Service", "LimitMEMLOCK", "infinity", "mlockall would fail"},
 		{"Service", "LimitCORE", "0", "a crash would write keys to disk"},
 		{"Service", "RuntimeDirectoryPreserve", "yes", "status.json would go when the service stops"},
+		{"Unit", "Wants", "modprobe@dm_crypt.service", "nobody would load dm_crypt"},
+		{"Unit", "After", "modprobe@dm_crypt.service", "the agent would not find dm-crypt"},
+		{"Service", "CapabilityBoundingSet", "CAP_SYS_ADMIN", "device-mapper would refuse"},
+		{"Service", "DeviceAllow", "block-*", "disks could not be opened"},
+		{"Service", "DeviceAllow", "/dev/mapper/control", "device-mapper could not be asked"},
+		{"Service", "ReadWritePaths", "/sys/devices/virtual", "udev could not be told to look at a mapping again"},
+		{"Service", "SystemCallFilter", "swapon", "a volume could not become swap"},
+		{"Service", "SystemCallErrorNumber", "EPERM", "a program would be killed without a word"},
 		{"Service", "RestrictAddressFamilies", "AF_ALG", "cryptsetup could not encrypt a keyslot"},
 		{"Service", "RestrictAddressFamilies", "AF_NETLINK", "libdevmapper could not talk to udev"},
 		{"Install", "WantedBy", "multi-user.target", "nothing would start it"},
@@ -445,8 +453,51 @@ func TestServiceKeepsTheDesign(t *testing.T) {
 	}
 }
 
+// hidesDisksOrMounts has nothing of what the unit sets: that those settings hide none is proven by the story TestSandbox.
 var hidesDisksOrMounts = []string{
-	"PrivateDevices", "DevicePolicy", "DeviceAllow", "PrivateIPC", "PrivateMounts", "MountFlags", "PrivateTmp",
-	"ProtectSystem", "ProtectHome", "ProtectKernelTunables", "ProtectKernelModules", "ProtectControlGroups", "ReadOnlyPaths",
-	"InaccessiblePaths", "TemporaryFileSystem", "BindPaths", "RootDirectory", "RootImage", "ProtectProc", "DynamicUser",
+	"PrivateDevices", "PrivateIPC", "PrivateUsers", "PrivateNetwork", "MountFlags", "PrivateTmp", "ProcSubset",
+	"ProtectSystem", "ProtectHome", "ProtectKernelModules", "ReadOnlyPaths", "InaccessiblePaths", "ExecPaths", "NoExecPaths",
+	"TemporaryFileSystem", "BindPaths", "BindReadOnlyPaths", "RootDirectory", "RootImage", "MountImages", "ExtensionImages", "DynamicUser",
+}
+
+// serviceFiles are all services that are shipped.
+func serviceFiles(t *testing.T) []string {
+	t.Helper()
+	files, err := filepath.Glob("*.service")
+	if err != nil || !slices.Contains(files, "luks-kms-agent.service") {
+		t.Fatalf("services: %v (%v)", files, err)
+	}
+	return files
+}
+
+// TestExposure holds each service to the figure of docs/hardening.md.
+func TestExposure(t *testing.T) {
+	for _, file := range serviceFiles(t) {
+		// "./": else systemd-analyze looks for an installed unit. In tenths.
+		out, err := exec.CommandContext(t.Context(), "systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold=30", "./"+file).CombinedOutput()
+		lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+		t.Logf("%s", lines[len(lines)-1])
+		if err != nil {
+			t.Errorf("%s: %v\n%s", file, err, out)
+		}
+	}
+}
+
+// TestSandboxIsTheSame: what runs the agent's code runs it in the same sandbox.
+func TestSandboxIsTheSame(t *testing.T) {
+	const begin, end = "# Sandbox. ", "# End of the sandbox.\n"
+	sandbox := func(file string) string {
+		_, rest, begins := strings.Cut(read(t, file), begin)
+		block, after, ends := strings.Cut(rest, end)
+		if !begins || !ends || strings.Contains(after, begin) {
+			t.Fatalf("%s has not one sandbox, from %q to %q", file, begin, end)
+		}
+		return block
+	}
+	want := sandbox("luks-kms-agent.service")
+	for _, file := range serviceFiles(t) {
+		if sandbox(file) != want {
+			t.Errorf("%s has another sandbox than luks-kms-agent.service", file)
+		}
+	}
 }

@@ -49,6 +49,7 @@ func TestFirstBootAndReboot(t *testing.T) {
 
 	// Reboot, with other kernel names, and with a watch on every program that is executed.
 	n.Write("/etc/systemd/system/luks-kms-agent.service.d/strace.conf", 0o644, "[Service]\nExecStart=\n"+
+		"SystemCallFilter=@debug process_vm_readv\nCapabilityBoundingSet=CAP_SYS_PTRACE\n"+
 		"ExecStart=/usr/bin/strace -f -v -s 65536 -e trace=execve,execveat -o /var/log/agent.strace /usr/bin/luks-kms-agent run\n")
 	n.Shuffle()
 	n.Reboot()

@@ -103,7 +103,7 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr), errors.As(err, &place), errors.As(err, &typo):
+	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr), errors.As(err, &place), errors.As(err, &typo), errors.Is(err, agent.ErrInImage):
 		return exitUsage
 	case errors.As(err, &nothing), errors.As(err, &there), errors.Is(err, luks.ErrNoRecoveryKey), errors.Is(err, luks.ErrWrongRecoveryKey):
 		return exitRefused
@@ -136,7 +136,7 @@ func exitCode(err error) int {
 		return exitMissing
 	case errors.As(err, &backup) && !errors.As(err, &errno) && !errors.Is(err, fs.ErrExist):
 		return exitRefused // the file can be read, and is not accepted
-	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
+	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating), errors.Is(err, agent.ErrUnsaved):
 		return exitRefused
 	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, luks.ErrNoKeySlot), errors.Is(err, agent.ErrNoFilesystem),
 		errors.Is(err, fs.ErrNotExist), errors.Is(err, agent.ErrNothingRan), errors.As(err, &program), errors.As(err, &errno):
@@ -189,6 +189,10 @@ func hint(err error) string {
 		return fmt.Sprintf("Correct %s; `luks-kms-agent plan` then shows what it means, and touches nothing.", config.Path)
 	case errors.Is(err, agent.ErrNoFilesystem):
 		return "The data was overwritten, or the volume wiped. The volume is closed; what the header replaced is saved beside the backup."
+	case errors.Is(err, agent.ErrUnsaved):
+		return "Give --save-records FILE, on another disk, to keep them, or --discard-records if their volumes may be lost. Or attach the volumes: then the records go to quarantine."
+	case errors.Is(err, agent.ErrInImage):
+		return "Name a file on another disk, or below /run and copy it away at once."
 	case errors.As(err, &place):
 		return "Name a directory that is there when the volume is not, best on another machine's disk."
 	case errors.As(err, &backup) && errors.Is(err, fs.ErrExist):

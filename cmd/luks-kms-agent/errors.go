@@ -103,9 +103,13 @@ func exitCode(err error) int {
 			}
 		}
 		return exitInternal
-	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr), errors.As(err, &place), errors.As(err, &typo), errors.Is(err, agent.ErrInImage):
+	case errors.As(err, &usage), errors.As(err, &timeline), errors.As(err, &config), errors.As(err, &unknown), errors.As(err, &emr), errors.As(err, &place), errors.As(err, &typo):
 		return exitUsage
 	case errors.As(err, &nothing), errors.As(err, &there), errors.Is(err, luks.ErrNoRecoveryKey), errors.Is(err, luks.ErrWrongRecoveryKey):
+		return exitRefused
+	case errors.Is(err, agent.ErrInImage):
+		return exitUsage
+	case errors.Is(err, agent.ErrUnsaved):
 		return exitRefused
 	case errors.As(err, &refused):
 		switch refused.Refusal {
@@ -136,7 +140,7 @@ func exitCode(err error) int {
 		return exitMissing
 	case errors.As(err, &backup) && !errors.As(err, &errno) && !errors.Is(err, fs.ErrExist):
 		return exitRefused // the file can be read, and is not accepted
-	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating), errors.Is(err, agent.ErrUnsaved):
+	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
 		return exitRefused
 	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, luks.ErrNoKeySlot), errors.Is(err, agent.ErrNoFilesystem),
 		errors.Is(err, fs.ErrNotExist), errors.Is(err, agent.ErrNothingRan), errors.As(err, &program), errors.As(err, &errno):

@@ -132,7 +132,7 @@ func (n *Node) seal(store *keycache.Store, s Seal) error {
 			continue
 		}
 		if err := os.Remove(a.Path); err != nil {
-			return err
+			return fmt.Errorf("cannot remove %s: %w", a.Path, bareError(err))
 		}
 		dirs[filepath.Dir(a.Path)] = true
 		n.reached(stepSealCleared)
@@ -283,7 +283,7 @@ func (s *Seal) addLeftovers(store *keycache.Store, stateDir string) (err error) 
 	s.mustSave = s.mustSave || len(s.removal.Keys)+len(s.removal.Volumes) > 0
 	folders, err := store.QuarantineFolders()
 	for _, folder := range folders {
-		s.Acts = append(s.Acts, SealAct{Verb: SealKeep, Path: filepath.Join(stateDir, folder), Why: "wrapped keys of another instance; no run reads them"})
+		s.Acts = append(s.Acts, SealAct{Verb: SealKeep, Path: filepath.Join(stateDir, folder), Why: "records that were set aside; no run reads them"})
 	}
 	return err
 }
@@ -293,7 +293,7 @@ func (s *Seal) addTraces(n *Node) error {
 	dir := filepath.Dir(n.cfg.AuditLog)
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+		return fmt.Errorf("cannot read %s: %w", dir, bareError(err))
 	}
 	for _, e := range entries {
 		// As logrotate names them: audit.jsonl, audit.jsonl.1, audit.jsonl-20260131, and each .gz.

@@ -50,8 +50,12 @@ the journal are not the agent's: packaging/image/cleanup.sh resets those.`,
 				if !seal.Discard || yes || s.Discards == 0 {
 					return nil
 				}
-				printActs(out, s, false)
-				return confirmDiscard(cmd.InOrStdin(), out, s.Discards)
+				ask := out
+				if asJSON {
+					ask = cmd.ErrOrStderr()
+				}
+				printActs(ask, s, false)
+				return confirmDiscard(cmd.InOrStdin(), ask, s.Discards)
 			})
 			if err != nil {
 				return err

@@ -227,11 +227,11 @@ func TestPackerTemplateMeansIMDSv2(t *testing.T) {
 
 // TestImageDocument: what the document shows is what template and component do, in the same order.
 func TestImageDocument(t *testing.T) {
-	doc := read(t, "../docs/images.md")
+	doc, readme := read(t, "../docs/images.md"), read(t, "../README.md")
 	template, builder := read(t, "image/luks-kms-agent.pkr.hcl"), read(t, "image/component.yaml")
 	at := map[string]int{}
 	for _, step := range []string{"sh install.sh config.yaml", "sh seal.sh", "sh cleanup.sh "} {
-		for file, text := range map[string]string{"docs/images.md": doc, "the template": template, "the component": builder} {
+		for file, text := range map[string]string{"docs/images.md": doc, "README.md": readme, "the template": template, "the component": builder} {
 			i := strings.Index(text, step)
 			if i < at[file] || i < 0 {
 				t.Errorf("%s: %q is at %d, after %d", file, step, i, at[file])
@@ -239,7 +239,7 @@ func TestImageDocument(t *testing.T) {
 			at[file] = i
 		}
 	}
-	for _, v := range regexp.MustCompile(`-var (\w+)=`).FindAllStringSubmatch(doc+read(t, "../README.md"), -1) {
+	for _, v := range regexp.MustCompile(`-var (\w+)=`).FindAllStringSubmatch(doc+readme, -1) {
 		if !strings.Contains(template, `variable "`+v[1]+`"`) {
 			t.Errorf("there is no variable %s", v[1])
 		}
@@ -248,6 +248,9 @@ func TestImageDocument(t *testing.T) {
 		if !strings.Contains(doc, `"name":"`+p[1]+`"`) {
 			t.Errorf("docs/images.md gives the component no %s", p[1])
 		}
+	}
+	if !strings.Contains(read(t, "image/seal.sh"), "\nluks-kms-agent lock\nluks-kms-agent seal-image ") || !strings.Contains(readme, "# luks-kms-agent lock, luks-kms-agent seal-image\n") {
+		t.Error("README.md does not say what seal.sh runs")
 	}
 	for _, script := range []string{"install.sh", "seal.sh", "cleanup.sh", "component.yaml"} {
 		if !strings.Contains(doc, "packaging/image/"+script) {

@@ -317,7 +317,7 @@ func (s *Seal) choose(opts SealOptions, stateDir string) error {
 		return nil
 	case opts.SaveTo == "":
 		if s.mustSave && !opts.Discard {
-			s.Refused = append(s.Refused, fmt.Errorf("cannot remove %d records from %s: %w", s.Discards, stateDir, ErrUnsaved))
+			s.Refused = append(s.Refused, fmt.Errorf("cannot remove the records in %s: %w", stateDir, ErrUnsaved))
 		}
 		return nil
 	}

@@ -16,6 +16,9 @@ MAX_BYTES := 15000000
 # Not part of ./..., because its folder begins with a dot.
 TALLY := ./.ci/tally
 
+# Where the distribution has it: the Packer template is checked by it, and that test is skipped elsewhere.
+PACKER := $(shell . /etc/os-release 2>/dev/null && [ "$$VERSION_CODENAME" = bookworm ] && echo packer)
+
 # Recipes that install packages: $(call need,PACKAGE…). Nothing is asked of apt where all are there.
 define need
 missing=; for p in $(1); do \
@@ -50,7 +53,7 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@echo "lint: OK"
 
 test-unit: ## unit tests: no root, no VM, no AWS
-	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd logrotate groff-base mandoc bash-completion zsh fish)
+	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd logrotate groff-base mandoc bash-completion zsh fish $(PACKER))
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
 	@{ rc=0; $(GO) test -json -count=1 -timeout 5m ./... $(TALLY) || rc=1; $(GO) test -C test/tools -json -count=1 -timeout 5m ./... || rc=1; exit $$rc; } \
 	  | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))

@@ -52,6 +52,10 @@ const (
 	stepHeaderWiped  step = "both header copies are wiped"
 	stepBlank        step = "the wiped disk is blank"
 	stepWipeArchived step = "the record of a wiped volume is archived"
+
+	stepSealRemoved     step = "the records without an attached volume are removed"
+	stepSealQuarantined step = "the records of attached volumes are moved aside"
+	stepSealCleared     step = "a trace of this node is removed"
 )
 
 // reached tells whoever listens that a step is done; only tests do.

@@ -107,6 +107,10 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.As(err, &nothing), errors.As(err, &there), errors.Is(err, luks.ErrNoRecoveryKey), errors.Is(err, luks.ErrWrongRecoveryKey):
 		return exitRefused
+	case errors.Is(err, agent.ErrInImage):
+		return exitUsage
+	case errors.Is(err, agent.ErrUnsaved):
+		return exitRefused
 	case errors.As(err, &refused):
 		switch refused.Refusal {
 		case agent.RefusedHeader:
@@ -189,6 +193,10 @@ func hint(err error) string {
 		return fmt.Sprintf("Correct %s; `luks-kms-agent plan` then shows what it means, and touches nothing.", config.Path)
 	case errors.Is(err, agent.ErrNoFilesystem):
 		return "The data was overwritten, or the volume wiped. The volume is closed; what the header replaced is saved beside the backup."
+	case errors.Is(err, agent.ErrUnsaved):
+		return "Give --save-records FILE, on another disk, to keep them, or --discard-records if their volumes may be lost. Or attach the volumes: then the records go to quarantine."
+	case errors.Is(err, agent.ErrInImage):
+		return "Name a file on another disk, or below /run and copy it away at once."
 	case errors.As(err, &place):
 		return "Name a directory that is there when the volume is not, best on another machine's disk."
 	case errors.As(err, &backup) && errors.Is(err, fs.ErrExist):

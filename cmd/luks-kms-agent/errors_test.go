@@ -48,6 +48,8 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{&keycache.BackupError{Path: "p", Err: syscall.ENOSPC}, 6, false},
 		{&keycache.BackupError{Path: "p", Err: fs.ErrExist}, 6, false},
 		{&agent.BackupPlaceError{Path: "p"}, 2, false},
+		{fmt.Errorf("x: %w", agent.ErrInImage), 2, false},
+		{fmt.Errorf("x: %w", agent.ErrUnsaved), 3, false},
 		{fmt.Errorf("x: %w", agent.ErrNoFilesystem), 6, false},
 		{&keycache.RecordError{Path: "p", Err: errors.New("x")}, 3, true},
 		{kms(keycache.ReasonDenied), 4, false},

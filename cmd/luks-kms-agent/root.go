@@ -75,6 +75,7 @@ func newRoot(p *progress) *cobra.Command {
 		newHeader(opts),
 		newVerify(opts),
 		newWipe(opts),
+		newSealImage(opts),
 		newInspect(),
 		newImportEMR(),
 		newVersion(),

@@ -88,6 +88,15 @@ func verified() []agent.Verified {
 	}
 }
 
+func sealed() agent.Seal {
+	return agent.Seal{Acts: []agent.SealAct{
+		{Verb: agent.SealQuarantine, Path: "/var/lib/luks-kms-agent/volumes/" + ssd.UUID + ".json", Why: "its volume is attached: /dev/nvme2n1"},
+		{Verb: agent.SealRemove, Path: "/var/lib/luks-kms-agent/volumes/" + ebs.UUID + ".json", Why: "no volume of it is attached"},
+		{Verb: agent.SealKeep, Path: "/root/vol.header.tar", Why: "header backup of volume " + ebs.UUID + ": bring it to another disk"},
+		{Verb: agent.SealClear, Path: "/var/log/luks-kms-agent/audit.jsonl", Why: "audit log"},
+	}, SavedTo: "/run/records.tar", InMemory: true}
+}
+
 func restored() agent.Restore {
 	return agent.Restore{
 		Manifest: keycache.Manifest{Time: noon, Identity: ebs.Identity, UUID: ebs.UUID, KeyARN: "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"},
@@ -103,6 +112,14 @@ func TestTables(t *testing.T) {
 		"rotate":  func(b *bytes.Buffer) error { return printRotated(b, rotated()) },
 		"verify":  func(b *bytes.Buffer) error { printVerified(b, verified()); return nil },
 		"restore": func(b *bytes.Buffer) error { printRestore(b, restored()); return nil },
+		"seal-image": func(b *bytes.Buffer) error {
+			s := sealed()
+			printSeal(b, s)
+			s.SavedTo, s.Refused = "", []error{foreign}
+			printSeal(b, s)
+			printSeal(b, agent.Seal{})
+			return nil
+		},
 		"wipe": func(b *bytes.Buffer) error {
 			printWipe(b, agent.Wipe{Volume: ebs, Device: "/dev/nvme1n1", Found: "LUKS volume " + ebs.UUID, Backup: &keycache.BackupNote{Path: "/root/vol.header.tar", Time: noon}})
 			printWipe(b, agent.Wipe{Volume: ssd, Device: "/dev/nvme2n1", Found: "no LUKS header"})
@@ -126,7 +143,7 @@ func TestOutputDocument(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, into := range map[string]any{
-		"plan": &planJSON{}, "preflight": &preflightJSON{}, "lock": &lockJSON{}, "rewrap": &rewrapJSON{}, "rotate": &rotateJSON{}, "verify": &verification{}, "recovery-key list": &recoveryList{}, "inspect": &inspection{}, "version": &versionJSON{},
+		"plan": &planJSON{}, "preflight": &preflightJSON{}, "lock": &lockJSON{}, "rewrap": &rewrapJSON{}, "rotate": &rotateJSON{}, "seal-image": &sealJSON{}, "verify": &verification{}, "recovery-key list": &recoveryList{}, "inspect": &inspection{}, "version": &versionJSON{},
 	} {
 		_, section, ok := strings.Cut(string(text), "\n## "+name)
 		section, _, _ = strings.Cut(section, "\n## ")

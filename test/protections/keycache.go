@@ -120,6 +120,16 @@ func inKeycache() []protection {
 		{"the umask does not decide a record's mode", []edit{
 			{store, "if err := f.Chmod(0o600); err != nil {\n\t\treturn err\n\t}\n", ""},
 		}, "./keycache TestOpenStoreMakesAPrivateDirectory"},
+		{"a record is removed only once it is saved", []edit{{"keycache/remove.go", "if saveTo != \"\" {", "if false {"}}, "./keycache TestRemoveSavesFirst"},
+		{"a file that lacks a record is not taken for one that has it saved", []edit{
+			{"keycache/remove.go", "if !bytes.Equal(saved[file], contents[file]) {", "if len(saved[file]) > maxRecord {"},
+		}, "./keycache TestRemoveOverwritesNoFile"},
+		{"a key that a volume needs is not removed", []edit{
+			{"keycache/remove.go", "errors.Join(s.checkUnused(r.Keys, r.Volumes), s.checkReadable())", "s.checkReadable()"},
+		}, "./keycache TestRemove"},
+		{"nor one that an unreadable volume record may need", []edit{
+			{"keycache/remove.go", "errors.Join(s.checkUnused(r.Keys, r.Volumes), s.checkReadable())", "s.checkUnused(r.Keys, r.Volumes)"},
+		}, "./keycache TestRemove"},
 		{"a full or read-only disk is found before anything depends on it", []edit{
 			{store, "return s.probe()", "return nil"},
 		}, "./keycache TestFullDisk"},

@@ -62,19 +62,9 @@ type Node struct {
 // use it: config is added to the one line that names the key and the one that names the endpoint.
 func NewNode(tb TB, a *Assets, config string, disks ...Disk) *Node {
 	tb.Helper()
-	dir, err := os.MkdirTemp("", "luks-kms-node-")
-	if err != nil {
-		tb.Fatalf("%v", err)
-	}
-	n := &Node{tb: tb, assets: a, disks: disks, dir: dir, logs: filepath.Join(a.Logs, tb.Name()), faults: map[string][]Fault{}}
-	tb.Cleanup(n.close)
-	if err := os.RemoveAll(n.logs); err != nil {
-		tb.Fatalf("%v", err)
-	}
-	if err := os.MkdirAll(n.logs, 0o755); err != nil {
-		tb.Fatalf("%v", err)
-	}
-	if n.servers, err = startServers(a, dir); err != nil {
+	n := newNode(tb, a, disks)
+	var err error
+	if n.servers, err = startServers(a, n.dir); err != nil {
 		tb.Fatalf("%v", err)
 	}
 	n.KMS, n.IMDS = n.servers.kms, n.servers.imds

@@ -165,7 +165,7 @@ PACKAGES ?= build/packages
 PACKAGE_VERSION := $(if $(filter package,$(MAKECMDGOALS)),$(shell packaging/version.sh '$(VERSION)' $(SOURCE_DATE_EPOCH)))
 package: ## deb and rpm for amd64 and arm64, with SBOM and SHA256SUMS, in build/packages (ARCHES, FORMATS, PACKAGES: less of it, elsewhere)
 	@rm -rf $(PACKAGES) build/package && mkdir -p $(PACKAGES) $(CACHE)/tools
-	@GOOS= GOARCH= $(GO) build -C test/tools/package -buildvcs=false -o $(CACHE)/tools/ \
+	@GOOS= GOARCH= $(GO) build -C test/tools/package -trimpath -buildvcs=false -o $(CACHE)/tools/ \
 	  github.com/goreleaser/nfpm/v2/cmd/nfpm github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod
 	@for arch in $(ARCHES); do \
 	  binary=build/package/luks-kms-agent-$$arch; \
@@ -175,8 +175,9 @@ package: ## deb and rpm for amd64 and arm64, with SBOM and SHA256SUMS, in build/
 	    TREE=build/package/$$arch-$$format ARCH=$$arch VERSION=$(PACKAGE_VERSION) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) \
 	      $(CACHE)/tools/nfpm package --config packaging/nfpm.yaml --packager $$format --target $(PACKAGES) >/dev/null; \
 	  done; \
-	  $(CACHE)/tools/cyclonedx-gomod bin -json -noserial -std -version $(PACKAGE_VERSION) \
-	    -output $(PACKAGES)/luks-kms-agent_$(PACKAGE_VERSION)_$$arch.cdx.json $$binary; \
+	  $(CACHE)/tools/cyclonedx-gomod bin -json -noserial -std -version $(PACKAGE_VERSION) $$binary 2>/dev/null | \
+	    sed "s/^    \"timestamp\": .*/    \"timestamp\": \"$$(date -u -d @$(SOURCE_DATE_EPOCH) +%Y-%m-%dT%H:%M:%SZ)\",/" \
+	    >$(PACKAGES)/luks-kms-agent_$(PACKAGE_VERSION)_$$arch.cdx.json; \
 	done
 	@cd $(PACKAGES) && sha256sum -- * >SHA256SUMS && cat SHA256SUMS
 

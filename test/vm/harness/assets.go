@@ -131,7 +131,7 @@ func (a *Assets) prepare(ctx context.Context, step Step, cache string, packages 
 	tree := filepath.Join(a.dir, "tree")
 	story := filepath.Join(tree, "usr/local/lib/story")
 	err = errors.Join(
-		a.BuildPackage(ctx, filepath.Join(tree, Package)),
+		a.BuildPackage(ctx, "deb", filepath.Join(tree, Package)),
 		// Not in PATH: a story links the AWS CLI where it plays an administrator, and starts the agent that stops at steps by name; the
 		// benchmark does so with what it measures the agent against.
 		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-o", filepath.Join(story, "aws"), "./test/vm/awscli"),
@@ -157,22 +157,22 @@ func (a *Assets) prepare(ctx context.Context, step Step, cache string, packages 
 	return a.installPackage()
 }
 
-// BuildPackage makes the agent's deb for the stories' machine; variables are more of make's.
-func (a *Assets) BuildPackage(ctx context.Context, file string, variables ...string) error {
+// BuildPackage makes the agent's package for the stories' machine, deb or rpm; variables are more of make's.
+func (a *Assets) BuildPackage(ctx context.Context, format, file string, variables ...string) error {
 	dir, err := os.MkdirTemp(a.dir, "package-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	arguments := append([]string{"package", "ARCHES=amd64", "FORMATS=deb", "PACKAGES=" + dir}, variables...)
+	arguments := append([]string{"package", "ARCHES=amd64", "FORMATS=" + format, "PACKAGES=" + dir}, variables...)
 	if err := command(ctx, a.Repo, "make", arguments...); err != nil {
 		return err
 	}
-	debs, err := filepath.Glob(filepath.Join(dir, "*.deb"))
-	if err != nil || len(debs) != 1 {
-		return fmt.Errorf("make package left %q: %w", debs, err)
+	made, err := filepath.Glob(filepath.Join(dir, "*."+format))
+	if err != nil || len(made) != 1 {
+		return fmt.Errorf("make package left %q: %w", made, err)
 	}
-	return errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.Rename(debs[0], file))
+	return errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.Rename(made[0], file))
 }
 
 //go:embed install.sh

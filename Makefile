@@ -52,7 +52,7 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@echo "lint: OK"
 
 test-unit: ## unit tests: no root, no VM, no AWS
-	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd logrotate groff-base mandoc bash-completion zsh fish)
+	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd logrotate groff-base mandoc bash-completion zsh fish dpkg rpm)
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
 	@{ rc=0; $(GO) test -json -count=1 -timeout 5m ./... $(TALLY) || rc=1; $(GO) test -C test/tools -json -count=1 -timeout 5m ./... || rc=1; exit $$rc; } \
 	  | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))

@@ -47,6 +47,7 @@ type Assets struct {
 
 	dir      string
 	snapshot func() (snapshot, error) // takes it when it is first asked for
+	making   sync.Mutex               // make's folder build
 }
 
 // Close removes what Prepare made for this process.
@@ -159,6 +160,8 @@ func (a *Assets) prepare(ctx context.Context, step Step, cache string, packages 
 
 // BuildPackage makes the agent's package for the stories' machine, deb or rpm; variables are more of make's.
 func (a *Assets) BuildPackage(ctx context.Context, format, file string, variables ...string) error {
+	a.making.Lock()
+	defer a.making.Unlock()
 	dir, err := os.MkdirTemp(a.dir, "package-")
 	if err != nil {
 		return err

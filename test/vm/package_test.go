@@ -85,9 +85,10 @@ func setUp(t *testing.T, n *harness.Node, blank map[string]string) *packaged {
 	wantMounted(t, n)
 	wantUntouched(t, n, blank)
 
-	p := &packaged{Node: n, t: t, conf: n.Config("filesystem: ext4\n")}
-	n.Sh("test -e " + harness.ConfigFile)
-	n.Write(harness.ConfigFile, 0o640, p.conf)
+	// The story's KMS and disks are what else has to be said.
+	n.Sh("sed -i 's|^# kms_key:.*|kms_key: " + n.Key + "|' " + harness.ConfigFile)
+	n.Sh("printf 'filesystem: ext4\\nkms_endpoint: " + harness.KMSEndpoint + "\\nmulti_attach: allow\\n' >>" + harness.ConfigFile)
+	p := &packaged{Node: n, t: t, conf: string(n.Read(harness.ConfigFile))}
 	n.Sh("systemctl enable --now luks-kms-agent.service 2>&1; systemctl start consumer.service")
 	wantMounted(t, n, "/mnt", "/mnt1")
 	p.files = writeFiles(n, "/mnt", "/mnt1")

@@ -69,6 +69,9 @@ func TestPackages(t *testing.T) {
 		delete(rpm, "/usr/share/zsh/site-functions/_luks-kms-agent")
 		wantSame(t, "rpm and deb", rpm, deb)
 
+		if host := output(t, "rpm", "-qp", "--qf", "%{BUILDHOST}", filepath.Join(packages, "luks-kms-agent-1.2.3+4.gc0ffee0-1."+machine+".rpm")); host != "localhost" {
+			t.Errorf("the rpm says that it was made on %q", host)
+		}
 		for path, mode := range map[string]fs.FileMode{
 			"/usr/bin/luks-kms-agent": 0o755, "/etc/luks-kms-agent/config.yaml": 0o640, "/usr/lib/systemd/system/luks-kms-agent.target": 0o644,
 			// Picked up where there is one.

@@ -79,7 +79,8 @@ func TestPurgeKeepsRecords(t *testing.T) {
 	p.write("var/log/luks-kms-agent/audit.jsonl", "{}")
 	link := filepath.Join(p.dir, "etc/systemd/system/multi-user.target.wants/luks-kms-agent.service")
 	p.write("etc/systemd/system/multi-user.target.wants/other.service", "")
-	if err := os.Symlink("/nowhere/luks-kms-agent.service", link); err != nil {
+	if err := errors.Join(os.Symlink("/nowhere/luks-kms-agent.service", link), os.Symlink("multi-user.target.wants/other.service",
+		filepath.Join(p.dir, "etc/systemd/system/luks-kms-agent-other.service"))); err != nil {
 		t.Fatal(err)
 	}
 	for _, args := range [][]string{{"remove"}, {"upgrade", "1.2.3"}, {"failed-upgrade", "1.2.3"}, {"abort-install"}, {"disappear"}} {
@@ -101,6 +102,7 @@ func TestPurgeKeepsRecords(t *testing.T) {
 	p.want("var/log/"+purged+"/audit.jsonl", "{}")
 	p.wantGone("var/lib/luks-kms-agent", "var/log/luks-kms-agent", "etc/systemd/system/multi-user.target.wants/luks-kms-agent.service")
 	p.want("etc/systemd/system/multi-user.target.wants/other.service", "")
+	p.want("etc/systemd/system/luks-kms-agent-other.service", "") // somebody's link that leads somewhere
 	if info, err := os.Stat(filepath.Join(p.dir, "var/lib", purged)); err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("the archive: %v (%v)", info, err)
 	}

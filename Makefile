@@ -3,12 +3,14 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help build lint test-unit test-vm test demo bench bench-baseline bench-compare fleet fuzz soak protections update-golden licenses man install clean
+.PHONY: help build lint test-unit test-vm test demo bench bench-baseline bench-compare fleet fuzz soak protections update-golden licenses man install package package-check clean
 
 GO      ?= go
 DESTDIR ?=
 CACHE   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/luks-kms-agent
-VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+VERSION ?= $(shell git describe --tags --match 'v[0-9]*' --always --dirty 2>/dev/null || echo unknown)
+# The time of everything that is made to be shipped, so that two builds of a commit are the same.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 BINARY    := bin/luks-kms-agent
@@ -53,7 +55,7 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@echo "lint: OK"
 
 test-unit: ## unit tests: no root, no VM, no AWS
-	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd logrotate groff-base mandoc bash-completion zsh fish $(PACKER))
+	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd logrotate groff-base mandoc bash-completion zsh fish dpkg rpm $(PACKER))
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
 	@{ rc=0; $(GO) test -json -count=1 -timeout 5m ./... $(TALLY) || rc=1; $(GO) test -C test/tools -json -count=1 -timeout 5m ./... || rc=1; exit $$rc; } \
 	  | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
@@ -137,23 +139,57 @@ licenses: ## write the licences and notices of what is linked in to packaging/li
 man: ## write the man pages and shell completions to build/
 	@rm -rf build/man build/completions && mkdir -p build/completions
 	@GOOS= GOARCH= CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)' -o build/for-man ./cmd/luks-kms-agent
-	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) build/for-man man build/man
+	@SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) build/for-man man build/man
 	@for shell in bash zsh fish; do build/for-man completion $$shell >build/completions/$$shell; done
 
 ZSH_COMPLETIONS ?= /usr/share/zsh/vendor-completions
-install: build man ## install under DESTDIR: program, units, man pages, completions, cloud-init and logrotate drop-ins, examples (enables nothing, overwrites no configuration)
+DOC := /usr/share/doc/luks-kms-agent
+# $(call copy,DIR,TO): all files below DIR, where there is one, under TO.
+copy = [ ! -d $(1) ] || (cd $(1) && find . -type f -exec install -D -m 0644 {} $(abspath $(DESTDIR))$(2)/{} ';')
+# What this puts under DESTDIR is what the packages have.
+install: build man ## install under DESTDIR what the packages have, for developers (enables nothing, overwrites no configuration)
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent
-	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system systemd/luks-kms-agent.service systemd/luks-kms-agent.target
+	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system $(wildcard systemd/*.service systemd/*.target)
+	@$(if $(wildcard systemd/*.rules),install -D -m 0644 -t $(DESTDIR)/usr/lib/udev/rules.d $(wildcard systemd/*.rules))
+	@install -D -m 0644 -t $(DESTDIR)/usr/lib/tmpfiles.d packaging/tmpfiles.d/luks-kms-agent.conf
 	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg
 	@install -D -m 0644 -t $(DESTDIR)/etc/logrotate.d packaging/logrotate/luks-kms-agent
-	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE packaging/licenses/* README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json packaging/policies/*.yaml packaging/prometheus/alerts.yaml
-	@for f in $$(cd packaging/drop-ins && find . -type f); do install -D -m 0644 packaging/drop-ins/$$f $(DESTDIR)/usr/share/doc/luks-kms-agent/drop-ins/$$f; done
+	@[ -e $(DESTDIR)/etc/luks-kms-agent/config.yaml ] || install -D -m 0640 -t $(DESTDIR)/etc/luks-kms-agent packaging/config.yaml
+	@install -D -m 0644 -t $(DESTDIR)$(DOC) LICENSE NOTICE README.md CHANGELOG.md packaging/copyright packaging/prometheus/alerts.yaml
+	@$(call copy,packaging/policies,$(DOC)/policies)
+	@$(call copy,packaging/drop-ins,$(DOC)/drop-ins)
+	@$(call copy,packaging/licenses,$(DOC)/licenses)
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/man/man8 build/man/*.8
 	@gzip -9nf $(addprefix $(DESTDIR)/usr/share/man/man8/,luks-kms-agent.8 luks-kms-agent-*.8)
 	@install -D -m 0644 build/completions/bash $(DESTDIR)/usr/share/bash-completion/completions/luks-kms-agent
 	@install -D -m 0644 build/completions/zsh $(DESTDIR)$(ZSH_COMPLETIONS)/_luks-kms-agent
 	@install -D -m 0644 build/completions/fish $(DESTDIR)/usr/share/fish/vendor_completions.d/luks-kms-agent.fish
-	@install -d -m 0755 $(DESTDIR)/etc/luks-kms-agent
+
+ARCHES   ?= amd64 arm64
+FORMATS  ?= deb rpm
+PACKAGES ?= build/packages
+PACKAGE_VERSION := $(if $(filter package,$(MAKECMDGOALS)),$(shell packaging/version.sh '$(VERSION)' $(SOURCE_DATE_EPOCH)))
+package: ## deb and rpm for amd64 and arm64, with SBOM and SHA256SUMS, in build/packages (ARCHES, FORMATS, PACKAGES: less of it, elsewhere)
+	@rm -rf $(PACKAGES) build/package && mkdir -p $(PACKAGES) $(CACHE)/tools
+	@GOOS= GOARCH= $(GO) build -C test/tools/package -trimpath -buildvcs=false -o $(CACHE)/tools/ \
+	  github.com/goreleaser/nfpm/v2/cmd/nfpm github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod
+	@for arch in $(ARCHES); do \
+	  binary=build/package/luks-kms-agent-$$arch; \
+	  for format in $(FORMATS); do \
+	    zsh=$(ZSH_COMPLETIONS); [ $$format != rpm ] || zsh=/usr/share/zsh/site-functions; \
+	    GOOS=linux GOARCH=$$arch $(MAKE) install BINARY=$$binary DESTDIR=build/package/$$arch-$$format ZSH_COMPLETIONS=$$zsh >/dev/null; \
+	    TREE=build/package/$$arch-$$format ARCH=$$arch VERSION=$(PACKAGE_VERSION) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) \
+	      $(CACHE)/tools/nfpm package --config packaging/nfpm.yaml --packager $$format --target $(PACKAGES) >/dev/null; \
+	  done; \
+	  $(CACHE)/tools/cyclonedx-gomod bin -json -noserial -std -version $(PACKAGE_VERSION) $$binary 2>/dev/null | \
+	    sed "s/^    \"timestamp\": .*/    \"timestamp\": \"$$(date -u -d @$(SOURCE_DATE_EPOCH) +%Y-%m-%dT%H:%M:%SZ)\",/" \
+	    >$(PACKAGES)/luks-kms-agent_$(PACKAGE_VERSION)_$$arch.cdx.json; \
+	done
+	@cd $(PACKAGES) && sha256sum -- * >SHA256SUMS && cat SHA256SUMS
+
+package-check: ## make all packages twice, elsewhere and at another time: the same bytes, the same files, what the SBOM says
+	@$(call need,dpkg rpm)
+	@$(GO) test -v -count=1 -run '^TestPackages$$' ./packaging -arches amd64,arm64
 
 clean: ## remove what the targets left here (the cache of images and tools stays in ~/.cache/luks-kms-agent)
 	@rm -rf bin build

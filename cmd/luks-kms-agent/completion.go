@@ -15,7 +15,7 @@ func newCompletion() *cobra.Command {
 		Use:   "completion bash|zsh|fish",
 		Short: "Print the completion script of a shell",
 		Long: `Print the script that completes commands, flags and the names of volumes in bash
-(package bash-completion), zsh or fish. make install puts it in place for all
+(package bash-completion), zsh or fish. The package has it in place for all
 three. Names of volumes are completed for root only: nobody else may read the
 records.`,
 		Example: `  # In this shell only

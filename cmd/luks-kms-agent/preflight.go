@@ -105,7 +105,7 @@ func preflightHint(err error) string {
 	case errors.Is(err, agent.ErrOldSystemd):
 		return "Use a distribution with systemd 244 or newer."
 	case errors.Is(err, agent.ErrNoUnit):
-		return "Install the unit files (`make install`; `systemctl unmask` if they are masked), then `systemctl daemon-reload`."
+		return "Install the package, which has the unit files (`systemctl unmask` if they are masked), then `systemctl daemon-reload`."
 	case errors.Is(err, agent.ErrNotEnabled):
 		return "Run `systemctl enable luks-kms-agent.service`."
 	case errors.Is(err, agent.ErrNotReloaded):

@@ -47,6 +47,7 @@ type Assets struct {
 
 	dir      string
 	snapshot func() (snapshot, error) // takes it when it is first asked for
+	making   sync.Mutex               // make's folder build
 }
 
 // Close removes what Prepare made for this process.
@@ -66,7 +67,10 @@ var programs = map[string]string{
 // Step reports the beginning of a piece of work; the function it returns reports its end.
 type Step func(what string) (done func())
 
-// Prepare installs what is missing, builds the servers, and makes the boot disk with the agent as `make install` puts it. Packages are
+// Package is where the boot disk has the agent's package, from which it was installed.
+const Package = "/usr/local/lib/story/luks-kms-agent.deb"
+
+// Prepare installs what is missing, builds the servers, and makes the boot disk, on which dpkg installs the agent's package. Packages are
 // of Debian, and on the boot disk besides those that every story needs.
 func Prepare(ctx context.Context, step Step, packages ...string) (*Assets, error) {
 	repo, err := findRepo()
@@ -128,7 +132,7 @@ func (a *Assets) prepare(ctx context.Context, step Step, cache string, packages 
 	tree := filepath.Join(a.dir, "tree")
 	story := filepath.Join(tree, "usr/local/lib/story")
 	err = errors.Join(
-		command(ctx, a.Repo, "make", "install", "DESTDIR="+tree),
+		a.BuildPackage(ctx, "deb", filepath.Join(tree, Package)),
 		// Not in PATH: a story links the AWS CLI where it plays an administrator, and starts the agent that stops at steps by name; the
 		// benchmark does so with what it measures the agent against.
 		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-o", filepath.Join(story, "aws"), "./test/vm/awscli"),
@@ -148,17 +152,85 @@ func (a *Assets) prepare(ctx context.Context, step Step, cache string, packages 
 	if err := a.addStoryFiles(tree); err != nil {
 		return err
 	}
-	return inject(ctx, a.Root, tree)
+	if err := inject(ctx, a.Root, tree); err != nil {
+		return err
+	}
+	return a.installPackage()
 }
 
-// addStoryFiles adds the guest program and the stories' units to the tree that goes onto the boot disk, and enables
-// every service as `systemctl enable` would.
+// BuildPackage makes the agent's package for the stories' machine, deb or rpm; variables are more of make's.
+func (a *Assets) BuildPackage(ctx context.Context, format, file string, variables ...string) error {
+	a.making.Lock()
+	defer a.making.Unlock()
+	dir, err := os.MkdirTemp(a.dir, "package-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	arguments := append([]string{"package", "ARCHES=amd64", "FORMATS=" + format, "PACKAGES=" + dir}, variables...)
+	if err := command(ctx, a.Repo, "make", arguments...); err != nil {
+		return err
+	}
+	made, err := filepath.Glob(filepath.Join(dir, "*."+format))
+	if err != nil || len(made) != 1 {
+		return fmt.Errorf("make package left %q: %w", made, err)
+	}
+	return errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.Rename(made[0], file))
+}
+
+//go:embed install.sh
+var installScript []byte
+
+// installPackage lets dpkg install the package on the boot disk, in a boot whose only process is the script that does so: root rights
+// that the host does not have to give.
+func (a *Assets) installPackage() error {
+	dir := filepath.Join(a.dir, "install")
+	logs := filepath.Join(a.Logs, "install")
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.RemoveAll(logs), os.MkdirAll(logs, 0o755)); err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	h := hardware{
+		socket: filepath.Join(dir, "channel"), console: filepath.Join(logs, "console.log"), said: filepath.Join(logs, "qemu.log"),
+		boot: filepath.Join(dir, "boot.qcow2"), init: installInit,
+		imds: "127.0.0.1:1", kms: "127.0.0.1:1", kmsTLS: "127.0.0.1:1", // nothing in there asks them
+	}
+	if err := createOverlay("raw", a.Root, h.boot); err != nil {
+		return err
+	}
+	m, err := a.start(h)
+	if err != nil {
+		return err
+	}
+	defer m.kill()
+	ended := m.awaitEnd(3 * time.Minute)
+	console, err := os.ReadFile(h.console)
+	if err != nil {
+		return err
+	}
+	if !ended || !bytes.Contains(console, []byte("\ninstalled")) {
+		return fmt.Errorf("cannot install the agent's package on the boot disk (console: %s):\n%s", logs, lastLines(console, 20))
+	}
+	if out, err := exec.Command("qemu-img", "commit", "-q", h.boot).CombinedOutput(); err != nil {
+		return fmt.Errorf("qemu-img commit: %w: %s", err, out)
+	}
+	return os.RemoveAll(logs)
+}
+
+// installInit is where the boot disk has install.sh.
+const installInit = "/usr/local/lib/story/install"
+
+// addStoryFiles adds the guest program, install.sh and the stories' units to the tree that goes onto the boot disk, and enables
+// every service of these as `systemctl enable` would.
 func (a *Assets) addStoryFiles(tree string) error {
 	guest, err := os.ReadFile(a.Guest)
 	if err != nil {
 		return err
 	}
 	if err := writeFile(filepath.Join(tree, "usr/local/lib/story/guest"), guest, 0o755); err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(tree, installInit), installScript, 0o755); err != nil {
 		return err
 	}
 	names, err := fs.Glob(units, "units/*")

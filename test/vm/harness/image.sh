@@ -12,9 +12,9 @@ export LC_ALL=C PATH="/usr/sbin:/sbin:$PATH"
 out=$1 sources=$2 aptconf=$3 more=$4
 suite=bookworm
 
-# strace, procps: the stories look at processes. gdisk etc. are not needed: sfdisk of the host partitions the disk.
+# strace, procps: the stories look at processes. rpm: one installs our package with it. gdisk etc. are not needed: sfdisk of the host partitions the disk.
 packages='systemd systemd-sysv udev dbus kmod linux-image-cloud-amd64 cryptsetup-bin dmsetup e2fsprogs xfsprogs
-iproute2 strace procps '"$more"
+iproute2 strace procps rpm '"$more"
 
 work=$(mktemp -d "$out/build.XXXXXX")
 trap 'rm -rf "$work"' EXIT

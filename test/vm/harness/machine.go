@@ -62,6 +62,7 @@ type hardware struct {
 	drives                []drive
 
 	initrd   string // "" for none
+	init     string // what runs as the first process; "" for systemd
 	snapshot bool   // the machine of a snapshot: its boot disk is on virtio, and the guest knows
 	monitor  string // socket of a QMP monitor; "" for none
 	incoming string // file with the state of the machine to resume; "" to power on
@@ -131,6 +132,9 @@ func (a *Assets) qemuArguments(h hardware) ([]string, error) {
 	kernel := "root=PARTUUID=" + rootUUID + " rw rootwait console=ttyS0 net.ifnames=0 quiet loglevel=4 " +
 		"systemd.show_status=false mitigations=off audit=0 nokaslr no_timer_check random.trust_cpu=on"
 	boot := "nvme,serial=vol0b007b007b007b007,drive=boot"
+	if h.init != "" {
+		kernel += " init=" + h.init
+	}
 	if h.snapshot {
 		kernel += snapshotArguments
 		boot = "virtio-blk-pci,drive=boot,serial=" + channel.BootSerial

@@ -137,7 +137,8 @@ man: ## write the man pages and shell completions to build/
 ZSH_COMPLETIONS ?= /usr/share/zsh/vendor-completions
 install: build man ## install under DESTDIR: program, units, man pages, completions, cloud-init and logrotate drop-ins, examples (enables nothing, overwrites no configuration)
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent
-	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system systemd/luks-kms-agent.service systemd/luks-kms-agent.target
+	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system systemd/luks-kms-agent.service systemd/luks-kms-agent@.service systemd/luks-kms-agent.target
+	@install -D -m 0644 -t $(DESTDIR)/usr/lib/udev/rules.d systemd/90-luks-kms-agent.rules
 	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg
 	@install -D -m 0644 -t $(DESTDIR)/etc/logrotate.d packaging/logrotate/luks-kms-agent
 	@install -D -m 0644 -t $(DESTDIR)/usr/share/doc/luks-kms-agent LICENSE NOTICE README.md CHANGELOG.md packaging/config.yaml packaging/policies/*.json packaging/prometheus/alerts.yaml

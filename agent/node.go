@@ -43,6 +43,8 @@ type disks interface {
 	Hold(context.Context, volumes.Device) (io.Closer, error)
 	// Check tells whether the disk still is the one seen.
 	Check(volumes.Device) error
+	// Announced tells whether udev is done with the disk, so that all links to it are there.
+	Announced(volumes.Device) bool
 }
 
 // mapper makes and removes mappings in the kernel.
@@ -83,7 +85,10 @@ type Node struct {
 	disks  disks
 	maps   mapper
 	mounts func(context.Context) (mounter, error)
-	usage  func(mountPoint string) (volumes.Space, error)
+	// service is what systemd knows of the agent's service.
+	service  func(context.Context) (systemd.UnitFacts, error)
+	lockWait time.Duration
+	usage    func(mountPoint string) (volumes.Space, error)
 	// statusPath is where the outcome of the last run stands for others to read.
 	statusPath string
 	now        func() time.Time
@@ -106,10 +111,15 @@ type Program struct {
 func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 	spans := &spans{now: time.Now}
 	n := &Node{
-		cfg:        cfg,
-		log:        log,
-		maps:       kernelMapper{},
-		mounts:     func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
+		cfg:    cfg,
+		log:    log,
+		maps:   kernelMapper{},
+		mounts: func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
+		service: func(ctx context.Context) (systemd.UnitFacts, error) {
+			facts, err := systemd.Look(ctx)
+			return facts.Service, err
+		},
+		lockWait:   lockWait,
 		usage:      volumes.Usage,
 		statusPath: DefaultStatusPath,
 		now:        time.Now,
@@ -176,6 +186,8 @@ func (m machineDisks) Hold(ctx context.Context, d volumes.Device) (io.Closer, er
 
 func (m machineDisks) Check(d volumes.Device) error { return d.Check() }
 
+func (m machineDisks) Announced(d volumes.Device) bool { return d.Announced() }
+
 // kernelMapper maps through device-mapper.
 type kernelMapper struct{}
 
@@ -212,10 +224,10 @@ func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error)
 	if err != nil {
 		return nil, nil, err
 	}
-	wait, cancel := context.WithTimeout(ctx, lockWait)
+	wait, cancel := context.WithTimeout(ctx, n.lockWait)
 	defer cancel()
 	release, err := store.Lock(wait, func(process string) {
-		n.log.Warn("waiting for another command", zap.String("process", process), zap.Duration("given_up_after", lockWait))
+		n.log.Warn("waiting for another command", zap.String("process", process), zap.Duration("given_up_after", n.lockWait))
 		n.tell("Waiting for another command, process " + process)
 	})
 	if err != nil {

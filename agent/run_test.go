@@ -44,6 +44,9 @@ type machine struct {
 	missing []volumes.Missing
 	errScan error
 	held    map[string]bool
+	// unannounced are disks, by identity, that udev is not done with.
+	unannounced map[string]bool
+	inactive    bool // the agent's service is
 
 	mu         sync.Mutex
 	open       map[string]string // mapping name -> device path
@@ -119,6 +122,12 @@ func (m *machine) node() *Node {
 	}
 	n.disks, n.maps, n.statusPath = m, m, filepath.Join(m.dir, "run", "status.json")
 	n.auditLog.journal = m.hear
+	n.service = func(context.Context) (systemd.UnitFacts, error) {
+		if m.inactive {
+			return systemd.UnitFacts{Active: "inactive"}, nil
+		}
+		return systemd.UnitFacts{Active: "active"}, nil
+	}
 	n.mounts = func(context.Context) (mounter, error) { return m.mounter(), nil }
 	// Other tests use the memory of this process at the same time; it must not be searched for copies.
 	n.wipeKeys = func(keys ...*keycache.Key) error {
@@ -161,30 +170,43 @@ func (m *machine) reboot() {
 	}
 	clear(m.open)
 	clear(m.mounts)
+	if err := os.RemoveAll(filepath.Join(m.dir, "run", filepath.Base(DefaultDisksPath))); err != nil {
+		m.t.Fatal(err)
+	}
 }
 
 func (m *machine) Scan(context.Context, []string) (volumes.Scan, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	out := volumes.Scan{Missing: m.missing}
+	for name, path := range m.open {
+		if slices.ContainsFunc(m.devices, func(d volumes.Device) bool { return d.Path == path }) {
+			continue
+		}
+		out.Gone = append(out.Gone, m.mapping(name))
+	}
 	for _, d := range m.devices {
 		for name, path := range m.open {
 			if path != d.Path {
 				continue
 			}
-			uuid := strings.TrimPrefix(name, "luks-")
-			mapping := volumes.Mapping{Name: name, UUID: "CRYPT-LUKS2-" + strings.ReplaceAll(uuid, "-", "") + "-" + name}
-			for where, what := range m.mounts {
-				if what == m.Path(name) {
-					mapping.Mounts = append(mapping.Mounts, where)
-				}
-			}
-			d.Mappings = append(d.Mappings, mapping)
+			d.Mappings = append(d.Mappings, m.mapping(name))
 			d.Uses = append(d.Uses, volumes.Use{Kind: volumes.UseHeld, What: name, Evidence: name + " is on it"})
 		}
 		out.Devices = append(out.Devices, d)
 	}
 	return out, m.errScan
+}
+
+func (m *machine) mapping(name string) volumes.Mapping {
+	uuid := strings.TrimPrefix(name, "luks-")
+	mapping := volumes.Mapping{Name: name, UUID: "CRYPT-LUKS2-" + strings.ReplaceAll(uuid, "-", "") + "-" + name}
+	for where, what := range m.mounts {
+		if what == m.Path(name) {
+			mapping.Mounts = append(mapping.Mounts, where)
+		}
+	}
+	return mapping
 }
 
 func (m *machine) Hold(_ context.Context, d volumes.Device) (io.Closer, error) {
@@ -203,6 +225,8 @@ func (m *machine) Hold(_ context.Context, d volumes.Device) (io.Closer, error) {
 type release func()
 
 func (r release) Close() error { r(); return nil }
+
+func (m *machine) Announced(d volumes.Device) bool { return !m.unannounced[d.Identity] }
 
 func (m *machine) Check(d volumes.Device) error { return m.fail("check", d.Identity) }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -91,6 +92,16 @@ func (d Device) Is(name string) bool {
 		strings.HasPrefix(name, "vol-") && name == d.Identity
 }
 
+// Announced reports whether udev is done with the device, so that all links to it are there. Where udev does not run,
+// nothing more will come.
+func (d Device) Announced() bool {
+	if _, err := os.Lstat(d.root + "/run/udev/control"); err != nil {
+		return true
+	}
+	_, err := os.Lstat(fmt.Sprintf("%s/run/udev/data/b%d:%d", d.root, d.Major, d.Minor))
+	return err == nil
+}
+
 // Missing is a configured name for which there is no usable device.
 type Missing struct{ Name, Reason string }
 
@@ -98,6 +109,8 @@ type Missing struct{ Name, Reason string }
 type Scan struct {
 	Devices []Device // in natural order of the kernel name: nvme2n1 before nvme10n1
 	Missing []Missing
+	// Gone are the mappings whose disk was taken away from under them.
+	Gone []Mapping
 }
 
 // Scanner says where to look and what the configuration adds. The zero value scans the machine.
@@ -149,6 +162,11 @@ func (s Scanner) Scan(ctx context.Context) (Scan, error) {
 	scan.Devices = slices.DeleteFunc(scan.Devices, func(d Device) bool {
 		return d.Named == "" && onlyNamed(d.Name)
 	})
+	for _, n := range t.sorted() {
+		if n.gone {
+			scan.Gone = append(scan.Gone, t.mapping(n))
+		}
+	}
 	return scan, nil
 }
 
@@ -163,7 +181,7 @@ func (s Scanner) read(ctx context.Context, root string) (*table, error) {
 		if err == nil {
 			return t, nil
 		}
-		if try == 3 || !errors.Is(err, errUnsettled) {
+		if try == 10 || !errors.Is(err, errUnsettled) {
 			return nil, err
 		}
 		select {
@@ -189,12 +207,14 @@ func (t *table) device(n *node, ephemeral []string) (Device, error) {
 	}
 	for _, above := range t.above[n.name] {
 		if dm := t.nodes[above]; dm != nil && dm.dm {
-			d.Mappings = append(d.Mappings, Mapping{
-				Name: dm.dmName, UUID: dm.dmUUID, Kernel: dm.name, Mounts: t.pointsOf[dm.name],
-			})
+			d.Mappings = append(d.Mappings, t.mapping(dm))
 		}
 	}
 	return d, nil
+}
+
+func (t *table) mapping(dm *node) Mapping {
+	return Mapping{Name: dm.dmName, UUID: dm.dmUUID, Kernel: dm.name, Mounts: t.pointsOf[dm.name]}
 }
 
 // name matches the configured names to devices. A name that could mean two devices, or a device

@@ -31,6 +31,7 @@ type node struct {
 	size         int64
 	parent       string   // whole disk of a partition, else ""
 	slaves       []string // devices that it is built on
+	gone         bool     // one that it was built on was taken away from under it
 	file         string   // backing file of a bound loop device, unless that is a block device (then a slave)
 	dm           bool
 	dmName       string
@@ -206,6 +207,11 @@ func (t *table) readAbove() error {
 				h.slaves = append(h.slaves, n.name)
 			}
 		}
+		n.slaves = slices.DeleteFunc(n.slaves, func(under string) bool {
+			gone := n.dm && t.nodes[under] == nil && dangling(n.dir+"/slaves/"+under)
+			n.gone = n.gone || gone
+			return gone
+		})
 		for _, under := range n.slaves {
 			if t.nodes[under] == nil {
 				return fmt.Errorf("cannot find %s, which %s is built on: %w", under, n.name, errUnsettled)
@@ -217,6 +223,17 @@ func (t *table) readAbove() error {
 		slices.SortFunc(names, naturalCompare)
 	}
 	return nil
+}
+
+// dangling says whether a link leads nowhere. device-mapper keeps a disk open that was taken away, and the link to it: the
+// kernel gives neither its name nor its number to another disk before the mapping is removed.
+func dangling(link string) bool {
+	info, err := os.Lstat(link)
+	if err != nil || info.Mode()&fs.ModeSymlink == 0 {
+		return false
+	}
+	_, err = os.Stat(link)
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 func (t *table) addAbove(under, above string) {

@@ -72,7 +72,7 @@ func (n *Node) RunAttached(ctx context.Context, disk Attached) (report Report, d
 		return Report{}, "luks-kms-agent.service is not active", nil
 	}
 	n.lockWait = attachWait
-	report, err = n.carryOut(ctx, errand{command: "run", attached: &disk, choose: n.onlyNew})
+	report, err = n.carryOut(ctx, errand{command: "run", attached: &disk, choose: func(p Plan) (Plan, error) { return n.onlyNew(p, disk) }})
 	if errors.Is(err, errNothingAttached) {
 		return Report{}, strings.TrimSuffix(err.Error(), ": "+errNothingAttached.Error()), nil
 	}
@@ -106,11 +106,13 @@ func (n *Node) wants(ctx context.Context, disk Attached) error {
 	return nil
 }
 
-// onlyNew takes from a plan what it would do with disks that runs have dealt with, and with those that are not announced.
-func (n *Node) onlyNew(p Plan) (Plan, error) {
+// onlyNew takes from a plan what it would do with disks that runs have dealt with, and with those that are not announced. Where the
+// kernel does not number disks, the one that was attached is new.
+func (n *Node) onlyNew(p Plan, attached Attached) (Plan, error) {
 	dealt := n.dealtWith()
 	for i := range p.Actions {
-		if a := &p.Actions[i]; a.Verb.acts() && dealt.has(a.Device.Device) {
+		a := &p.Actions[i]
+		if a.Verb.acts() && dealt.has(a.Device.Device) && (a.Device.DiskSeq != 0 || !attached.is(a.Device.Device)) {
 			a.Verb, a.Reason, a.Replaces = Leave, "left as it was when another disk was attached: "+a.Reason, nil
 		}
 	}

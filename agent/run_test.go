@@ -46,11 +46,13 @@ type machine struct {
 	held    map[string]bool
 	// unannounced are disks, by identity, that udev is not done with.
 	unannounced map[string]bool
-	inactive    bool // the agent's service is
+	inactive    bool   // the agent's service is
+	seq         uint64 // of the disk that was attached last
 
 	mu         sync.Mutex
 	open       map[string]string // mapping name -> device path
 	unfinished map[string]bool   // of these, those without a table in use
+	gone       map[string]bool   // of these, those whose disk was taken away
 	mounts     map[string]string // mount point -> mapping path
 	journal    []systemd.Entry
 	taken      int // lines of the audit log that a test has looked at
@@ -66,7 +68,7 @@ func newMachine(t *testing.T) *machine {
 	t.Parallel()
 	m := &machine{
 		t: t, dir: t.TempDir(), kms: kmstest.NewKMS(t), imds: kmstest.NewIMDS(t),
-		open: map[string]string{}, unfinished: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{},
+		open: map[string]string{}, unfinished: map[string]bool{}, gone: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{},
 		fail: func(string, string) error { return nil },
 	}
 	m.cfg = defaultConfig("config.yaml")
@@ -179,15 +181,12 @@ func (m *machine) Scan(context.Context, []string) (volumes.Scan, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	out := volumes.Scan{Missing: m.missing}
-	for name, path := range m.open {
-		if slices.ContainsFunc(m.devices, func(d volumes.Device) bool { return d.Path == path }) {
-			continue
-		}
+	for name := range m.gone {
 		out.Gone = append(out.Gone, m.mapping(name))
 	}
 	for _, d := range m.devices {
 		for name, path := range m.open {
-			if path != d.Path {
+			if path != d.Path || m.gone[name] {
 				continue
 			}
 			d.Mappings = append(d.Mappings, m.mapping(name))
@@ -353,6 +352,7 @@ func (m *machine) Close(_ context.Context, name string) error {
 			return fmt.Errorf("cannot close %s: %w", name, luks.ErrBusy)
 		}
 	}
+	delete(m.gone, name)
 	delete(m.open, name)
 	return os.Remove(m.Path(name))
 }

@@ -53,15 +53,17 @@ func (a Attached) is(d volumes.Device) bool {
 	return d.Is(a.Name) && (a.DiskSeq == 0 || a.DiskSeq == d.DiskSeq)
 }
 
-// errNothingAttached ends a run for an attached disk before it asks anybody for anything.
-var errNothingAttached = errors.New("nothing to do")
+// nothingNew ends a run for an attached disk before it asks anybody for anything.
+type nothingNew struct{ why string }
+
+func (e *nothingNew) Error() string { return e.why }
 
 // RunAttached is Run for a disk that was attached while the node runs. Who holds the records is waited for; then every disk is dealt
 // with that no run of this boot has dealt with yet, so that of many that come together the first does the work and the others find it
 // done. What was there before stays as it is: a volume that was locked stays locked.
 //
-// done is what there is nothing to do about, "" where there was something: the report then is of the whole node, and err,
-// where the report tells it of volumes, is about that disk alone: see [Report.FailuresOf].
+// done is why there is nothing to do, "" where there was something. The report then is of the whole node; what it says of this disk
+// has [Report.FailuresOf].
 func (n *Node) RunAttached(ctx context.Context, disk Attached) (report Report, done string, err error) {
 	service, err := n.service(ctx)
 	if err != nil {
@@ -73,8 +75,9 @@ func (n *Node) RunAttached(ctx context.Context, disk Attached) (report Report, d
 	}
 	n.lockWait = attachWait
 	report, err = n.carryOut(ctx, errand{command: "run", attached: &disk, choose: func(p Plan) (Plan, error) { return n.onlyNew(p, disk) }})
-	if errors.Is(err, errNothingAttached) {
-		return Report{}, strings.TrimSuffix(err.Error(), ": "+errNothingAttached.Error()), nil
+	var nothing *nothingNew
+	if errors.As(err, &nothing) {
+		return Report{}, nothing.why, nil
 	}
 	return report, "", err
 }
@@ -90,7 +93,7 @@ func (r Report) FailuresOf(disk Attached) []error {
 	return errs
 }
 
-// wants says whether a run for an attached disk has anything to do: an error that wraps errNothingAttached if not.
+// wants says whether a run for an attached disk has anything to do: a *nothingNew if not.
 func (n *Node) wants(ctx context.Context, disk Attached) error {
 	scan, err := n.disks.Scan(ctx, nil)
 	if err != nil {
@@ -99,9 +102,9 @@ func (n *Node) wants(ctx context.Context, disk Attached) error {
 	i := slices.IndexFunc(scan.Devices, disk.is)
 	switch {
 	case i < 0:
-		return fmt.Errorf("%s is not there, or none that could be a volume: %w", disk.Name, errNothingAttached)
+		return &nothingNew{disk.Name + " is not there, or cannot be a volume"}
 	case n.dealtWith().has(scan.Devices[i]) && scan.Devices[i].DiskSeq != 0:
-		return fmt.Errorf("%s was dealt with: %w", disk.Name, errNothingAttached)
+		return &nothingNew{disk.Name + " was dealt with"}
 	}
 	return nil
 }

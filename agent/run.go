@@ -87,7 +87,7 @@ func (n *Node) carryOut(ctx context.Context, e errand) (report Report, err error
 	report = Report{Started: n.now()}
 	n.spans.reset(report.Started)
 	defer func() {
-		if errors.Is(err, errNothingAttached) {
+		if nothing := (*nothingNew)(nil); errors.As(err, &nothing) {
 			return
 		}
 		if errors.Is(err, keycache.ErrLocked) {
@@ -193,10 +193,12 @@ func (n *Node) pass(ctx context.Context, store *keycache.Store, keys *keyring, c
 
 // attachedAnew says whether what failed was about a disk that went and has come again.
 func (f Facts) attachedAnew(o Outcome) bool {
-	was := o.Action.Device
-	return o.Err != nil && was.Identity != "" && slices.ContainsFunc(f.Devices, func(d DeviceFacts) bool {
-		return d.Class == was.Class && d.Identity == was.Identity && d.DiskSeq != was.DiskSeq
-	})
+	was, there, again := o.Action.Device, false, false
+	for _, d := range f.Devices {
+		there = there || d.Path == was.Path && d.DiskSeq == was.DiskSeq
+		again = again || d.Class == was.Class && d.Identity == was.Identity
+	}
+	return o.Err != nil && was.Identity != "" && again && !there
 }
 
 // sameSubject says whether two actions of one run are about the same disk, or the

@@ -31,7 +31,7 @@ func attachAtOnce(n *harness.Node, disks []harness.Disk) {
 // awaitInstances waits until no unit of an attached disk has anything left to do.
 func awaitInstances(n *harness.Node) {
 	const busy = "udevadm settle; systemctl list-units --no-legend --plain --state=activating 'luks-kms-agent@*'; systemctl list-jobs --no-legend"
-	n.Await("the runs for attached disks end", 3*time.Minute, func() bool { return strings.TrimSpace(n.Sh(busy)) == "" })
+	n.Await("the runs for attached disks end", 5*time.Minute, func() bool { return strings.TrimSpace(n.Sh(busy)) == "" })
 }
 
 // wantFailed wants exactly so many units to have failed.
@@ -101,7 +101,7 @@ func TestHotAttach(t *testing.T) {
 	others := slices.DeleteFunc(slices.Clone(points), func(p string) bool { return p == at })
 	n.Sh("luks-kms-agent lock " + at)
 	imds := len(n.IMDS.Requests())
-	n.Sh("for a in change add; do udevadm trigger --action=$a --settle --subsystem-match=block; done")
+	n.Sh("for a in change add; do udevadm trigger --action=$a --settle " + strings.Replace(volumeOf(t, n, ebs).Device, "/dev", "/sys/block", 1) + "; done")
 	awaitInstances(n)
 	wantMounted(t, n, others...)
 	wantCalls(t, n, 0, 0, 0)

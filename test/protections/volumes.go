@@ -134,13 +134,7 @@ func inScan() []protection {
 	)
 	return []protection{
 		one("a disk that was not seen is not taken for one that has gone",
-			"volumes/sysfs.go", `return errors.Is(err, fs.ErrNotExist)
-}
-
-func (t *table) addAbove`, `return true
-}
-
-func (t *table) addAbove`, "./volumes TestDiskTakenAwayFromUnderAMapping"),
+			sysfs, "return errors.Is(err, fs.ErrNotExist)\n}\n\nfunc (t *table) addAbove", "return true\n}\n\nfunc (t *table) addAbove", "./volumes TestDiskTakenAwayFromUnderAMapping"),
 		one("an NVMe path node is no disk of its own",
 			sysfs, `hidden == "1" {`, `hidden == "2" {`, listed),
 		one("a partition is no disk",

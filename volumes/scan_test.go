@@ -89,6 +89,7 @@ func TestOpenMapping(t *testing.T) {
 
 // A disk that is taken away while it is open leaves its mapping and the mapping's link to it. That keeps nobody from looking at the others.
 func TestDiskTakenAwayFromUnderAMapping(t *testing.T) {
+	t.Parallel()
 	tr := newTree(t)
 	tr.boot()
 	tr.nvme("nvme1n1", "259:3", modelEBS, "vol0b")

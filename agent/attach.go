@@ -119,29 +119,29 @@ func (n *Node) onlyNew(p Plan, attached Attached) (Plan, error) {
 			a.Verb, a.Reason, a.Replaces = Leave, "left as it was when another disk was attached: "+a.Reason, nil
 		}
 	}
-	return n.onlyAnnounced(p)
+	return onlyAnnounced(p)
 }
 
 // onlyAnnounced takes from a plan what it would do with disks that udev is not done with. They get a run of their own, when the links are
 // there by which the configuration may name or exclude them.
-func (n *Node) onlyAnnounced(p Plan) (Plan, error) {
+func onlyAnnounced(p Plan) (Plan, error) {
 	for i := range p.Actions {
-		if a := &p.Actions[i]; a.Verb.acts() && !n.disks.Announced(a.Device.Device) {
+		if a := &p.Actions[i]; a.Verb.acts() && a.Device.Unannounced {
 			a.Verb, a.Reason, a.Replaces = Leave, "udev is not done with it: "+a.Reason, nil
 		}
 	}
 	return p, nil
 }
 
-// cameMeanwhile says whether there is a disk, announced, that was not among those that were seen.
-func (n *Node) cameMeanwhile(ctx context.Context, seen []volumes.Device) (bool, error) {
+// cameMeanwhile says whether there is a disk, announced, of which the report does not tell.
+func (n *Node) cameMeanwhile(ctx context.Context, report Report) (bool, error) {
 	scan, err := n.scanOnce(ctx, "disks that came meanwhile", nil)
 	if err != nil {
 		return false, err
 	}
 	return slices.ContainsFunc(scan.Devices, func(d volumes.Device) bool {
-		known := slices.ContainsFunc(seen, func(s volumes.Device) bool { return s.Name == d.Name && s.DiskSeq == d.DiskSeq })
-		return !known && n.disks.Announced(d)
+		told := slices.ContainsFunc(report.Outcomes, func(o Outcome) bool { return o.isAbout(d) })
+		return !told && !d.Unannounced
 	}), nil
 }
 
@@ -186,7 +186,7 @@ func (n *Node) noteDisks(there []volumes.Device, outcomes []Outcome) {
 	for _, d := range there {
 		dealt := before.has(d)
 		for _, o := range outcomes {
-			if o.Action.Device.Name == d.Name && o.Action.Device.DiskSeq == d.DiskSeq {
+			if o.isAbout(d) {
 				dealt = o.Err == nil
 			}
 		}
@@ -195,6 +195,11 @@ func (n *Node) noteDisks(there []volumes.Device, outcomes []Outcome) {
 		}
 	}
 	n.writeDisks(now)
+}
+
+// isAbout says whether an outcome is about this very disk.
+func (o Outcome) isAbout(d volumes.Device) bool {
+	return o.Action.Device.Name == d.Name && o.Action.Device.DiskSeq == d.DiskSeq
 }
 
 func (n *Node) writeDisks(f *disksFile) {

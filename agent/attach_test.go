@@ -234,6 +234,25 @@ func TestDiskThatUdevIsNotDoneWith(t *testing.T) {
 	}
 }
 
+// The first run of a boot leaves a disk alone that it does not know by the links that are there. udev makes the link, and starts nothing for the
+// disk as the run has not ended; the run looks once more.
+func TestDiskThatIsNamedDuringTheFirstRun(t *testing.T) {
+	m := newMachine(t)
+	m.attach(volumes.ClassEBS, "vol-1")
+	named := m.attach(volumes.ClassExplicit, "S1")
+	m.devices[1].Class, m.devices[1].Identity = "", ""
+	m.unannounced = map[string]bool{"S1": true}
+	m.fail = func(step, what string) error {
+		if step == "mount" {
+			m.devices[1], m.unannounced = named, nil
+		}
+		return nil
+	}
+	if m.runOK(); len(m.mounts) != 2 {
+		t.Errorf("mounts %v", m.mounts)
+	}
+}
+
 // What is wrong with others is told, and is not the failure of this disk's run; nobody waits for what is missing. What failed is tried again.
 func TestAttachedDiskFailsByItself(t *testing.T) {
 	m := newMachine(t)

@@ -43,8 +43,6 @@ type disks interface {
 	Hold(context.Context, volumes.Device) (io.Closer, error)
 	// Check tells whether the disk still is the one seen.
 	Check(volumes.Device) error
-	// Announced tells whether udev is done with the disk, so that all links to it are there.
-	Announced(volumes.Device) bool
 }
 
 // mapper makes and removes mappings in the kernel.
@@ -185,8 +183,6 @@ func (m machineDisks) Hold(ctx context.Context, d volumes.Device) (io.Closer, er
 }
 
 func (m machineDisks) Check(d volumes.Device) error { return d.Check() }
-
-func (m machineDisks) Announced(d volumes.Device) bool { return d.Announced() }
 
 // kernelMapper maps through device-mapper.
 type kernelMapper struct{}

@@ -145,11 +145,11 @@ func (n *Node) dealt(ctx context.Context, e errand, store *keycache.Store, keys 
 	}
 	n.noteDisks(seen, report.Outcomes)
 	for first {
-		came, err := n.cameMeanwhile(ctx, seen)
+		came, err := n.cameMeanwhile(ctx, *report)
 		if err != nil || !came {
 			return err
 		}
-		if seen, err = n.pass(ctx, store, keys, n.onlyAnnounced, report); err != nil {
+		if seen, err = n.pass(ctx, store, keys, onlyAnnounced, report); err != nil {
 			return err
 		}
 		n.noteDisks(seen, report.Outcomes)
@@ -181,7 +181,7 @@ func (n *Node) pass(ctx context.Context, store *keycache.Store, keys *keyring, c
 	n.logOutcomes(slices.DeleteFunc(slices.Clone(outcomes), func(o Outcome) bool { return o.Action.Missing }))
 	// What udev is not done with may yet turn out to be named in the configuration.
 	outcomes = slices.DeleteFunc(outcomes, func(o Outcome) bool {
-		return o.Action.Verb == Leave && o.Action.Device.Path != "" && !n.disks.Announced(o.Action.Device.Device)
+		return o.Action.Verb == Leave && o.Action.Device.Unannounced
 	})
 	report.Outcomes = append(earlier, outcomes...)
 

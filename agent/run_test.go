@@ -44,7 +44,7 @@ type machine struct {
 	missing []volumes.Missing
 	errScan error
 	held    map[string]bool
-	// unannounced are disks, by identity, that udev is not done with.
+	// unannounced are disks, by name, that udev is not done with.
 	unannounced map[string]bool
 	inactive    bool   // the agent's service is
 	seq         uint64 // of the disk that was attached last
@@ -185,6 +185,7 @@ func (m *machine) Scan(context.Context, []string) (volumes.Scan, error) {
 		out.Gone = append(out.Gone, m.mapping(name))
 	}
 	for _, d := range m.devices {
+		d.Unannounced = m.unannounced[d.Name]
 		for name, path := range m.open {
 			if path != d.Path || m.gone[name] {
 				continue
@@ -224,8 +225,6 @@ func (m *machine) Hold(_ context.Context, d volumes.Device) (io.Closer, error) {
 type release func()
 
 func (r release) Close() error { r(); return nil }
-
-func (m *machine) Announced(d volumes.Device) bool { return !m.unannounced[d.Identity] }
 
 func (m *machine) Check(d volumes.Device) error { return m.fail("check", d.Identity) }
 

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -71,6 +70,8 @@ type Device struct {
 	// Named is the configured name that this device matched. A named EC2 volume keeps its EC2 class.
 	Named string
 	Links []string // links in /dev and /dev/disk/by-* that resolve to it
+	// Unannounced says that udev was not done with it, so that there may be links that are not in Links.
+	Unannounced bool
 
 	Uses     []Use // everything found; none means free
 	Mappings []Mapping
@@ -90,16 +91,6 @@ func (d Device) Is(name string) bool {
 	}
 	return name == d.Name || name == d.Serial || name == d.Named ||
 		strings.HasPrefix(name, "vol-") && name == d.Identity
-}
-
-// Announced reports whether udev is done with the device, so that all links to it are there. Where udev does not run,
-// nothing more will come.
-func (d Device) Announced() bool {
-	if _, err := os.Lstat(d.root + "/run/udev/control"); err != nil {
-		return true
-	}
-	_, err := os.Lstat(fmt.Sprintf("%s/run/udev/data/b%d:%d", d.root, d.Major, d.Minor))
-	return err == nil
 }
 
 // Missing is a configured name for which there is no usable device.
@@ -196,7 +187,7 @@ func (s Scanner) read(ctx context.Context, root string) (*table, error) {
 func (t *table) device(n *node, ephemeral []string) (Device, error) {
 	d := Device{
 		Name: n.name, Path: n.path(), Major: n.major, Minor: n.minor, Size: n.size,
-		Links: t.links[n.name], Uses: t.uses[n.name], root: t.root,
+		Links: t.links[n.name], Unannounced: n.unannounced, Uses: t.uses[n.name], root: t.root,
 	}
 	if err := n.readDiskFacts(&d); err != nil {
 		return Device{}, err

@@ -116,19 +116,19 @@ func TestDiskTakenAwayFromUnderAMapping(t *testing.T) {
 	}
 }
 
-func TestAnnounced(t *testing.T) {
+func TestUnannounced(t *testing.T) {
 	tr := newTree(t)
 	tr.boot()
-	d := tr.scan().device(t, "nvme0n1")
-	if !d.Announced() {
+	is := func() bool { return tr.scan().device(t, "nvme0n1").Unannounced }
+	if is() {
 		t.Error("without udev nothing will come")
 	}
 	tr.write("run/udev/control", "")
-	if d.Announced() {
+	if !is() {
 		t.Error("udev is not done with it")
 	}
 	tr.write("run/udev/data/b259:0", "")
-	if !d.Announced() {
+	if is() {
 		t.Error("udev is done with it")
 	}
 }

@@ -31,6 +31,7 @@ type node struct {
 	size         int64
 	parent       string   // whole disk of a partition, else ""
 	slaves       []string // devices that it is built on
+	unannounced  bool     // udev was not done with it when it was read
 	gone         bool     // one that it was built on was taken away from under it
 	file         string   // backing file of a bound loop device, unless that is a block device (then a slave)
 	dm           bool
@@ -83,11 +84,21 @@ func (t *table) readNodes() error {
 			return fmt.Errorf("cannot read device %s: %w", e.Name(), err)
 		}
 		if n := nodes[i]; n != nil {
+			n.unannounced = t.unannounced(n) // before the links are read
 			t.nodes[n.name] = n
 			t.byDev[[2]uint32{n.major, n.minor}] = n
 		}
 	}
 	return nil
+}
+
+// unannounced says whether udev is not done with a device. It keeps a file for each with which it is; where it does not run, no links will come.
+func (t *table) unannounced(n *node) bool {
+	if _, err := os.Lstat(t.root + "/run/udev/control"); err != nil {
+		return false
+	}
+	_, err := os.Lstat(fmt.Sprintf("%s/run/udev/data/b%d:%d", t.root, n.major, n.minor))
+	return err != nil
 }
 
 // inParallel does something for each of n, on all processors.

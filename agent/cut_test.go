@@ -24,7 +24,7 @@ func (m *machine) copyTo(dir string) *machine {
 	}
 	c := &machine{
 		t: m.t, dir: dir, kms: m.kms, imds: m.imds, cfg: m.cfg, missing: m.missing, last: m.last,
-		open: map[string]string{}, unfinished: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{}, swaps: map[string]bool{},
+		open: map[string]string{}, unfinished: map[string]bool{}, gone: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{}, swaps: map[string]bool{},
 		fail: func(string, string) error { return nil },
 	}
 	c.cfg.StateDir = filepath.Join(dir, "state")

@@ -57,6 +57,25 @@ func TestTimelineDocument(t *testing.T) {
 	}
 }
 
+// TestDisksDocument does the same for the disks that were dealt with.
+func TestDisksDocument(t *testing.T) {
+	text, err := os.ReadFile("../docs/records.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile("(?ms)^```json disks\n(.*?)^```$").FindSubmatch(text)
+	if found == nil {
+		t.Fatal("there is no example of the disks")
+	}
+	dec := json.NewDecoder(bytes.NewReader(found[1]))
+	dec.DisallowUnknownFields()
+	var f disksFile
+	if err := dec.Decode(&f); err != nil || f.Version != disksVersion || len(f.Disks) != 2 {
+		t.Errorf("the example is %+v: %v", f, err)
+	}
+	wantFieldsExplained(t, text, disksFile{}, dealtDisk{})
+}
+
 // wantFieldsExplained wants every field of the types to stand in the text.
 func wantFieldsExplained(t *testing.T, text []byte, types ...any) {
 	t.Helper()

@@ -83,7 +83,10 @@ type Node struct {
 	disks  disks
 	maps   mapper
 	mounts func(context.Context) (mounter, error)
-	usage  func(mountPoint string) (volumes.Space, error)
+	// service is what systemd knows of the agent's service.
+	service  func(context.Context) (systemd.UnitFacts, error)
+	lockWait time.Duration
+	usage    func(mountPoint string) (volumes.Space, error)
 
 	startSwap, stopSwap func(device string) error
 
@@ -109,10 +112,15 @@ type Program struct {
 func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 	spans := &spans{now: time.Now}
 	n := &Node{
-		cfg:        cfg,
-		log:        log,
-		maps:       kernelMapper{},
-		mounts:     func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
+		cfg:    cfg,
+		log:    log,
+		maps:   kernelMapper{},
+		mounts: func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
+		service: func(ctx context.Context) (systemd.UnitFacts, error) {
+			facts, err := systemd.Look(ctx)
+			return facts.Service, err
+		},
+		lockWait:   lockWait,
 		usage:      volumes.Usage,
 		startSwap:  systemd.StartSwap,
 		stopSwap:   systemd.StopSwap,
@@ -217,10 +225,10 @@ func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error)
 	if err != nil {
 		return nil, nil, err
 	}
-	wait, cancel := context.WithTimeout(ctx, lockWait)
+	wait, cancel := context.WithTimeout(ctx, n.lockWait)
 	defer cancel()
 	release, err := store.Lock(wait, func(process string) {
-		n.log.Warn("waiting for another command", zap.String("process", process), zap.Duration("given_up_after", lockWait))
+		n.log.Warn("waiting for another command", zap.String("process", process), zap.Duration("given_up_after", n.lockWait))
 		n.tell("Waiting for another command, process " + process)
 	})
 	if err != nil {

@@ -51,7 +51,7 @@ func (n *Node) observe(ctx context.Context, store *keycache.Store, keys *keyring
 	if err := n.stateDirOnManaged(scan); err != nil {
 		return f, err
 	}
-	f.Missing = scan.Missing
+	f.Missing, f.Gone = scan.Missing, scan.Gone
 
 	inspected := make(chan []DeviceFacts, 1)
 	go func() { inspected <- n.inspect(ctx, scan.Devices) }()
@@ -177,6 +177,8 @@ type keyring struct {
 	cloud cloud
 	mu    sync.Mutex
 	keys  map[string]*pendingKey // by key record id
+	// onDemand says that nothing is asked before it is needed: most volumes stay as they are.
+	onDemand bool
 }
 
 type pendingKey struct {
@@ -192,6 +194,9 @@ func newKeyring(ctx context.Context, c cloud) *keyring {
 // expect starts Decrypt for the keys of this instance's ready volumes that are
 // not open yet.
 func (k *keyring) expect(r keycache.Records, instanceID string, isOpen func(mapping string) bool) {
+	if k.onDemand {
+		return
+	}
 	for _, v := range r.Volumes {
 		if v.State != keycache.StateReady || v.InstanceID != instanceID || isOpen(v.Mapping) {
 			continue

@@ -19,6 +19,7 @@ type Facts struct {
 	InstanceID string
 	Devices    []DeviceFacts     // in natural order of kernel name
 	Missing    []volumes.Missing // named in the configuration, not found
+	Gone       []volumes.Mapping // whose disk was taken away from under them
 	Records    keycache.Records
 }
 
@@ -209,6 +210,9 @@ func (d *decision) device(dev DeviceFacts) Action {
 	}
 	if m, ok := ourMapping(dev.Device, rec); ok && recorded {
 		return d.mapped(a, m)
+	}
+	if m, ok := stillOpen(d.Gone, rec); ok && recorded {
+		return refuse(RefusedInUse, "volume %s was not locked before the disk came back: %s", rec.UUID, describeGone(m))
 	}
 	if len(dev.Uses) > 0 {
 		evidence := make([]string, len(dev.Uses))
@@ -586,6 +590,9 @@ func (d *decision) missing() {
 				Verb: Refuse, Refusal: RefusedDevice, Missing: true, Volume: rec,
 				Reason: fmt.Sprintf("volume %s (%s %s) is recorded ready, but no disk shows it", rec.UUID, rec.Class, rec.Identity),
 			})
+			if m, ok := stillOpen(d.Gone, rec); ok {
+				d.plan.Actions[len(d.plan.Actions)-1].Reason += ": " + describeGone(m)
+			}
 		}
 	}
 }
@@ -595,7 +602,8 @@ func (d *decision) missing() {
 func (d *decision) replaceLost() {
 	var lost []int
 	for i, a := range d.plan.Actions {
-		if a.Device.Path == "" && a.Volume.UUID != "" && a.Volume.Class == string(volumes.ClassInstanceStore) {
+		_, open := stillOpen(d.Gone, a.Volume)
+		if a.Device.Path == "" && a.Volume.UUID != "" && a.Volume.Class == string(volumes.ClassInstanceStore) && !open {
 			lost = append(lost, i)
 		}
 	}

@@ -44,13 +44,13 @@ func (n *Node) Plan(ctx context.Context) (Plan, error) {
 // Volumes that somebody counts on and that are not there are waited for, up to
 // DeviceWait: a disk may be attached while the node boots. The others do not wait.
 func (n *Node) Run(ctx context.Context) (Report, error) {
-	return n.carryOut(ctx, "run", nil, n.cfg.DeviceWait)
+	return n.carryOut(ctx, errand{command: "run", wait: n.cfg.DeviceWait})
 }
 
 // Unlock opens and mounts volumes and never formats. The names are those of
 // [Node.Lock]; none means all.
 func (n *Node) Unlock(ctx context.Context, names []string) (Report, error) {
-	return n.carryOut(ctx, "unlock", func(p Plan) (Plan, error) {
+	return n.carryOut(ctx, errand{command: "unlock", choose: func(p Plan) (Plan, error) {
 		var kept []Action
 		for _, a := range p.Actions {
 			if len(names) == 0 && a.Verb != Format || slices.ContainsFunc(names, a.is) {
@@ -70,29 +70,46 @@ func (n *Node) Unlock(ctx context.Context, names []string) (Report, error) {
 		}
 		p.Actions = kept
 		return p, nil
-	}, 0)
+	}})
+}
+
+// errand is what carryOut is to do.
+type errand struct {
+	command  string
+	choose   func(Plan) (Plan, error) // nil: all of it
+	wait     time.Duration            // for volumes that are missing
+	attached *Attached                // the disk that it is for; nil: the whole node
 }
 
 // carryOut is observe, decide, apply and write down; for volumes that come late it
 // is done again.
-func (n *Node) carryOut(ctx context.Context, command string, choose func(Plan) (Plan, error), wait time.Duration) (report Report, err error) {
+func (n *Node) carryOut(ctx context.Context, e errand) (report Report, err error) {
 	report = Report{Started: n.now()}
 	n.spans.reset(report.Started)
 	defer func() {
+		if nothing := (*nothingNew)(nil); errors.As(err, &nothing) {
+			return
+		}
 		if errors.Is(err, keycache.ErrLocked) {
 			return // the status is the other command's to write
 		}
 		report.Finished = n.now()
 		report.Calls = n.cloud.Calls()
 		report.AuditProblem = n.auditLog.problem()
-		n.writeDown(ctx, command, report, err)
+		n.writeDown(ctx, e.command, report, err)
 	}()
 	store, release, err := n.lockRecords(ctx)
 	if err != nil {
 		return report, err
 	}
 	defer release()
+	if e.attached != nil {
+		if err := n.wants(ctx, *e.attached); err != nil {
+			return report, err
+		}
+	}
 	keys := newKeyring(ctx, n.cloud)
+	keys.onDemand = e.attached != nil
 	defer func() {
 		defer n.spans.begin(SpanWipe, "keys", nil)(nil)
 		if werr := n.wipeKeys(keys.take()...); werr != nil {
@@ -101,10 +118,13 @@ func (n *Node) carryOut(ctx context.Context, command string, choose func(Plan) (
 		n.reached(stepWiped)
 	}()
 	n.tell(lookingAround)
-	seen, err := n.pass(ctx, store, keys, choose, &report)
-	deadline := n.now().Add(wait)
+	seen, err := n.pass(ctx, store, keys, e.choose, &report)
+	deadline := n.now().Add(e.wait)
 	for err == nil && n.awaitDisk(ctx, report, seen, deadline) {
-		seen, err = n.pass(ctx, store, keys, choose, &report)
+		seen, err = n.pass(ctx, store, keys, e.choose, &report)
+	}
+	if err == nil && ctx.Err() == nil {
+		err = n.dealt(ctx, e, store, keys, seen, &report)
 	}
 	if err != nil {
 		return report, err
@@ -116,21 +136,42 @@ func (n *Node) carryOut(ctx context.Context, command string, choose func(Plan) (
 	return report, ctx.Err()
 }
 
+// dealt notes which disks were dealt with. From the first time on, disks that are attached get a run of their own; before that they get none,
+// so that the first run of a boot then looks whether one came while it was at work.
+func (n *Node) dealt(ctx context.Context, e errand, store *keycache.Store, keys *keyring, seen []volumes.Device, report *Report) error {
+	first := n.dealtWith() == nil
+	if first && e.command != "run" {
+		return nil
+	}
+	n.noteDisks(seen, report.Outcomes)
+	for first {
+		came, err := n.cameMeanwhile(ctx, *report)
+		if err != nil || !came {
+			return err
+		}
+		if seen, err = n.pass(ctx, store, keys, onlyAnnounced, report); err != nil {
+			return err
+		}
+		n.noteDisks(seen, report.Outcomes)
+	}
+	return nil
+}
+
 // pass observes, decides and applies what no earlier pass did, and adds its
 // outcomes to the report. It returns the disks that it saw.
-func (n *Node) pass(ctx context.Context, store *keycache.Store, keys *keyring, choose func(Plan) (Plan, error), report *Report) (seen string, err error) {
+func (n *Node) pass(ctx context.Context, store *keycache.Store, keys *keyring, choose func(Plan) (Plan, error), report *Report) (seen []volumes.Device, err error) {
 	facts, err := n.observe(ctx, store, keys)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	report.InstanceID = facts.InstanceID
 	plan := Decide(facts)
 	if choose != nil {
 		if plan, err = choose(plan); err != nil {
-			return "", err
+			return nil, err
 		}
 	}
-	earlier := slices.DeleteFunc(report.Outcomes, func(o Outcome) bool { return o.Action.Missing })
+	earlier := slices.DeleteFunc(report.Outcomes, func(o Outcome) bool { return o.Action.Missing || facts.attachedAnew(o) })
 	plan.Actions = slices.DeleteFunc(plan.Actions, func(a Action) bool {
 		return slices.ContainsFunc(earlier, func(o Outcome) bool { return o.Action.sameSubject(a) })
 	})
@@ -138,13 +179,26 @@ func (n *Node) pass(ctx context.Context, store *keycache.Store, keys *keyring, c
 	n.tell(fmt.Sprintf("Carrying out the plan for %d devices", len(plan.Actions)))
 	outcomes := n.apply(ctx, store, facts, plan, keys)
 	n.logOutcomes(slices.DeleteFunc(slices.Clone(outcomes), func(o Outcome) bool { return o.Action.Missing }))
+	// What udev is not done with may yet turn out to be named in the configuration.
+	outcomes = slices.DeleteFunc(outcomes, func(o Outcome) bool {
+		return o.Action.Verb == Leave && o.Action.Device.Unannounced
+	})
 	report.Outcomes = append(earlier, outcomes...)
 
-	var devices []volumes.Device
 	for _, d := range facts.Devices {
-		devices = append(devices, d.Device)
+		seen = append(seen, d.Device)
 	}
-	return fingerprint(devices), nil
+	return seen, nil
+}
+
+// attachedAnew says whether what failed was about a disk that went and has come again.
+func (f Facts) attachedAnew(o Outcome) bool {
+	was, there, again := o.Action.Device, false, false
+	for _, d := range f.Devices {
+		there = there || d.Path == was.Path && d.DiskSeq == was.DiskSeq
+		again = again || d.Class == was.Class && d.Identity == was.Identity
+	}
+	return o.Err != nil && was.Identity != "" && again && !there
 }
 
 // sameSubject says whether two actions of one run are about the same disk, or the
@@ -163,7 +217,7 @@ const devicePoll = 500 * time.Millisecond
 
 // awaitDisk waits while volumes are missing until the disks or the links to them
 // are others than those that were seen, or until the deadline, when nothing came.
-func (n *Node) awaitDisk(ctx context.Context, report Report, seen string, deadline time.Time) (came bool) {
+func (n *Node) awaitDisk(ctx context.Context, report Report, seen []volumes.Device, deadline time.Time) (came bool) {
 	missing := report.missing()
 	left := deadline.Sub(n.now())
 	if len(missing) == 0 || left <= 0 {
@@ -178,7 +232,7 @@ func (n *Node) awaitDisk(ctx context.Context, report Report, seen string, deadli
 	defer end(nil)
 	for ; n.now().Before(deadline) && ctx.Err() == nil; time.Sleep(min(devicePoll, max(0, deadline.Sub(n.now())))) {
 		// A scan that fails now is one of a moment at which disks come and go.
-		if now, err := n.disks.Scan(ctx, nil); err == nil && fingerprint(now.Devices) != seen {
+		if now, err := n.disks.Scan(ctx, nil); err == nil && fingerprint(now.Devices) != fingerprint(seen) {
 			return true
 		}
 	}
@@ -273,6 +327,7 @@ func (n *Node) Lock(ctx context.Context, names []string) ([]Locked, error) {
 	for _, id := range sortedKeys(records.Volumes) {
 		rec := records.Volumes[id]
 		t := target{Action: Action{Volume: rec}}
+		t.mapping, _ = stillOpen(scan.Gone, rec)
 		for _, d := range scan.Devices {
 			if m, ok := ourMapping(d, rec); ok {
 				t.Device.Device, t.mapping = d, m
@@ -302,6 +357,7 @@ func (n *Node) Lock(ctx context.Context, names []string) ([]Locked, error) {
 		locked[i] = Locked{Volume: t.Volume, Device: t.Device.Path, Err: n.lockOne(ctx, connect, t.mapping)}
 		n.audit(Event{Kind: EventVolumeLocked, Volume: t.Volume, Device: t.Device.Device, Err: locked[i].Err})
 	}
+	n.noteLocked(locked, scan.Devices)
 	return locked, nil
 }
 

@@ -44,10 +44,15 @@ type machine struct {
 	missing []volumes.Missing
 	errScan error
 	held    map[string]bool
+	// unannounced are disks, by name, that udev is not done with.
+	unannounced map[string]bool
+	inactive    bool   // the agent's service is
+	seq         uint64 // of the disk that was attached last
 
 	mu         sync.Mutex
 	open       map[string]string // mapping name -> device path
 	unfinished map[string]bool   // of these, those without a table in use
+	gone       map[string]bool   // of these, those whose disk was taken away
 	mounts     map[string]string // mount point -> mapping path
 	swaps      map[string]bool   // mapping path
 	journal    []systemd.Entry
@@ -64,7 +69,7 @@ func newMachine(t *testing.T) *machine {
 	t.Parallel()
 	m := &machine{
 		t: t, dir: t.TempDir(), kms: kmstest.NewKMS(t), imds: kmstest.NewIMDS(t),
-		open: map[string]string{}, unfinished: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{}, swaps: map[string]bool{},
+		open: map[string]string{}, unfinished: map[string]bool{}, gone: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{}, swaps: map[string]bool{},
 		fail: func(string, string) error { return nil },
 	}
 	m.cfg = defaultConfig("config.yaml")
@@ -120,6 +125,12 @@ func (m *machine) node() *Node {
 	}
 	n.disks, n.maps, n.statusPath = m, m, filepath.Join(m.dir, "run", "status.json")
 	n.auditLog.journal = m.hear
+	n.service = func(context.Context) (systemd.UnitFacts, error) {
+		if m.inactive {
+			return systemd.UnitFacts{Active: "inactive"}, nil
+		}
+		return systemd.UnitFacts{Active: "active"}, nil
+	}
 	n.mounts = func(context.Context) (mounter, error) { return m.mounter(), nil }
 	n.startSwap, n.stopSwap = m.startSwap, m.stopSwap
 	// Other tests use the memory of this process at the same time; it must not be searched for copies.
@@ -164,33 +175,44 @@ func (m *machine) reboot() {
 	clear(m.open)
 	clear(m.mounts)
 	clear(m.swaps)
+	if err := os.RemoveAll(filepath.Join(m.dir, "run", filepath.Base(DefaultDisksPath))); err != nil {
+		m.t.Fatal(err)
+	}
 }
 
 func (m *machine) Scan(context.Context, []string) (volumes.Scan, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	out := volumes.Scan{Missing: m.missing}
+	for name := range m.gone {
+		out.Gone = append(out.Gone, m.mapping(name))
+	}
 	for _, d := range m.devices {
+		d.Unannounced = m.unannounced[d.Name]
 		for name, path := range m.open {
-			if path != d.Path {
+			if path != d.Path || m.gone[name] {
 				continue
 			}
-			uuid := strings.TrimPrefix(name, "luks-")
-			mapping := volumes.Mapping{Name: name, UUID: "CRYPT-LUKS2-" + strings.ReplaceAll(uuid, "-", "") + "-" + name}
-			for where, what := range m.mounts {
-				if what == m.Path(name) {
-					mapping.Mounts = append(mapping.Mounts, where)
-				}
-			}
-			if m.swaps[m.Path(name)] {
-				mapping.Mounts = append(mapping.Mounts, volumes.SwapPoint)
-			}
-			d.Mappings = append(d.Mappings, mapping)
+			d.Mappings = append(d.Mappings, m.mapping(name))
 			d.Uses = append(d.Uses, volumes.Use{Kind: volumes.UseHeld, What: name, Evidence: name + " is on it"})
 		}
 		out.Devices = append(out.Devices, d)
 	}
 	return out, m.errScan
+}
+
+func (m *machine) mapping(name string) volumes.Mapping {
+	uuid := strings.TrimPrefix(name, "luks-")
+	mapping := volumes.Mapping{Name: name, UUID: "CRYPT-LUKS2-" + strings.ReplaceAll(uuid, "-", "") + "-" + name}
+	for where, what := range m.mounts {
+		if what == m.Path(name) {
+			mapping.Mounts = append(mapping.Mounts, where)
+		}
+	}
+	if m.swaps[m.Path(name)] {
+		mapping.Mounts = append(mapping.Mounts, volumes.SwapPoint)
+	}
+	return mapping
 }
 
 func (m *machine) Hold(_ context.Context, d volumes.Device) (io.Closer, error) {
@@ -338,6 +360,7 @@ func (m *machine) Close(_ context.Context, name string) error {
 	if m.swaps[m.Path(name)] {
 		return fmt.Errorf("cannot close %s: %w", name, luks.ErrBusy)
 	}
+	delete(m.gone, name)
 	delete(m.open, name)
 	return os.Remove(m.Path(name))
 }

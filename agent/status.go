@@ -307,7 +307,7 @@ func (n *Node) currentStatus(ctx context.Context, s Status, justRan bool) (Statu
 	}
 	s.KMSKey, s.Quarantined = n.cfg.KMSKey, store.Quarantined()
 
-	facts := Facts{Config: n.cfg, InstanceID: s.InstanceID, Records: records, Devices: n.headers(scan.Devices, records)}
+	facts := Facts{Config: n.cfg, InstanceID: s.InstanceID, Records: records, Gone: scan.Gone, Devices: n.headers(scan.Devices, records)}
 	for _, id := range sortedKeys(records.Volumes) {
 		v := s.volume(id)
 		if v == nil {
@@ -403,8 +403,13 @@ func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts, sto
 		v.State = "missing"
 	}
 	v.Device = disk.Path
+	gone, open := stillOpen(f.Gone, rec)
+	if open {
+		problem("%s, and was not locked since", describeGone(gone))
+	}
 	switch {
 	case v.State == "mounted": // what an earlier run could not do is done
+	case open && v.State == "missing":
 	case v.Error != "":
 		problem("%s", v.Error)
 	case v.State == "missing":

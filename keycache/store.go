@@ -270,7 +270,8 @@ func (s *Store) probe() error {
 	if err != nil {
 		return err
 	}
-	if err := os.Remove(tmp); err != nil {
+	// Nobody has the lock yet, so whoever took it may have swept this away.
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return storeError("write to", s.dir, err)
 	}
 	return nil

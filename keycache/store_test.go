@@ -502,6 +502,22 @@ func TestSweepTakesOnlyTemporaryFiles(t *testing.T) {
 	}
 }
 
+// A process that opens the directory has no lock yet, and one that has it sweeps meanwhile.
+func TestOpenBesideASweep(t *testing.T) {
+	s, _, _ := storeWith(t)
+	swept := false
+	s.step = func(step string) error {
+		if step == "sync" {
+			s.sweep()
+			swept = true
+		}
+		return nil
+	}
+	if err := s.probe(); err != nil || !swept {
+		t.Errorf("swept %v: %v", swept, err)
+	}
+}
+
 func TestArchiveKeepsBytes(t *testing.T) {
 	s, _, v := storeWith(t)
 	s.now = func() time.Time { return someTime }

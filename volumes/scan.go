@@ -73,6 +73,8 @@ type Device struct {
 	// Named is the configured name that this device matched. A named EC2 volume keeps its EC2 class.
 	Named string
 	Links []string // links in /dev and /dev/disk/by-* that resolve to it
+	// Unannounced says that udev was not done with it, so that there may be links that are not in Links.
+	Unannounced bool
 
 	Uses     []Use // everything found; none means free
 	Mappings []Mapping
@@ -101,6 +103,8 @@ type Missing struct{ Name, Reason string }
 type Scan struct {
 	Devices []Device // in natural order of the kernel name: nvme2n1 before nvme10n1
 	Missing []Missing
+	// Gone are the mappings whose disk was taken away from under them.
+	Gone []Mapping
 }
 
 // Scanner says where to look and what the configuration adds. The zero value scans the machine.
@@ -152,6 +156,11 @@ func (s Scanner) Scan(ctx context.Context) (Scan, error) {
 	scan.Devices = slices.DeleteFunc(scan.Devices, func(d Device) bool {
 		return d.Named == "" && onlyNamed(d.Name)
 	})
+	for _, n := range t.sorted() {
+		if n.gone {
+			scan.Gone = append(scan.Gone, t.mapping(n))
+		}
+	}
 	return scan, nil
 }
 
@@ -166,7 +175,7 @@ func (s Scanner) read(ctx context.Context, root string) (*table, error) {
 		if err == nil {
 			return t, nil
 		}
-		if try == 3 || !errors.Is(err, errUnsettled) {
+		if try == 10 || !errors.Is(err, errUnsettled) {
 			return nil, err
 		}
 		select {
@@ -181,7 +190,7 @@ func (s Scanner) read(ctx context.Context, root string) (*table, error) {
 func (t *table) device(n *node, ephemeral []string) (Device, error) {
 	d := Device{
 		Name: n.name, Path: n.path(), Major: n.major, Minor: n.minor, Size: n.size,
-		Links: t.links[n.name], Uses: t.uses[n.name], root: t.root,
+		Links: t.links[n.name], Unannounced: n.unannounced, Uses: t.uses[n.name], root: t.root,
 	}
 	if err := n.readDiskFacts(&d); err != nil {
 		return Device{}, err
@@ -192,12 +201,14 @@ func (t *table) device(n *node, ephemeral []string) (Device, error) {
 	}
 	for _, above := range t.above[n.name] {
 		if dm := t.nodes[above]; dm != nil && dm.dm {
-			d.Mappings = append(d.Mappings, Mapping{
-				Name: dm.dmName, UUID: dm.dmUUID, Kernel: dm.name, Mounts: t.pointsOf[dm.name],
-			})
+			d.Mappings = append(d.Mappings, t.mapping(dm))
 		}
 	}
 	return d, nil
+}
+
+func (t *table) mapping(dm *node) Mapping {
+	return Mapping{Name: dm.dmName, UUID: dm.dmUUID, Kernel: dm.name, Mounts: t.pointsOf[dm.name]}
 }
 
 // name matches the configured names to devices. A name that could mean two devices, or a device

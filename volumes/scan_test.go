@@ -93,6 +93,52 @@ func TestOpenMapping(t *testing.T) {
 	}
 }
 
+// A disk that is taken away while it is open leaves its mapping and the mapping's link to it. That keeps nobody from looking at the others.
+func TestDiskTakenAwayFromUnderAMapping(t *testing.T) {
+	t.Parallel()
+	tr := newTree(t)
+	tr.boot()
+	tr.nvme("nvme1n1", "259:3", modelEBS, "vol0b")
+	tr.dm("dm-0", "253:0", "luks-1", "CRYPT-LUKS2-1-luks-1", "nvme1n1")
+	tr.mount("253:0", "/mnt", "xfs", "/dev/mapper/luks-1", "rw")
+	if scan := tr.scan(); len(scan.Gone) > 0 {
+		t.Errorf("gone before it was taken away: %+v", scan.Gone)
+	}
+	tr.remove("sys/class/block/nvme1n1")
+	tr.remove(disksDir + "nvme1n1")
+	tr.remove("dev/nvme1n1")
+	scan := tr.scan()
+	want := []Mapping{{Name: "luks-1", UUID: "CRYPT-LUKS2-1-luks-1", Kernel: "dm-0", Mounts: []string{"/mnt"}}}
+	if !reflect.DeepEqual(scan.Gone, want) || names(scan) != "nvme0n1" {
+		t.Errorf("gone %+v, devices %s", scan.Gone, names(scan))
+	}
+
+	// Where the link leads to something, the disk is there and was not seen.
+	link := disksDir + "dm-0/slaves/nvme1n1"
+	tr.remove(link)
+	tr.link(link, "../../nvme0n1")
+	if _, err := tr.scanner().Scan(t.Context()); err == nil || !strings.Contains(err.Error(), "cannot find nvme1n1, which dm-0 is built on") {
+		t.Errorf("a disk that was not seen: %v", err)
+	}
+}
+
+func TestUnannounced(t *testing.T) {
+	tr := newTree(t)
+	tr.boot()
+	is := func() bool { return tr.scan().device(t, "nvme0n1").Unannounced }
+	if is() {
+		t.Error("without udev nothing will come")
+	}
+	tr.write("run/udev/control", "")
+	if !is() {
+		t.Error("udev is not done with it")
+	}
+	tr.write("run/udev/data/b259:0", "")
+	if is() {
+		t.Error("udev is done with it")
+	}
+}
+
 func TestClassAndIdentity(t *testing.T) {
 	tr := newTree(t)
 	tr.boot()

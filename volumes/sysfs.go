@@ -31,6 +31,8 @@ type node struct {
 	size         int64
 	parent       string   // whole disk of a partition, else ""
 	slaves       []string // devices that it is built on
+	unannounced  bool     // udev was not done with it when it was read
+	gone         bool     // one that it was built on was taken away from under it
 	file         string   // backing file of a bound loop device, unless that is a block device (then a slave)
 	dm           bool
 	dmName       string
@@ -82,11 +84,21 @@ func (t *table) readNodes() error {
 			return fmt.Errorf("cannot read device %s: %w", e.Name(), err)
 		}
 		if n := nodes[i]; n != nil {
+			n.unannounced = t.unannounced(n) // before the links are read
 			t.nodes[n.name] = n
 			t.byDev[[2]uint32{n.major, n.minor}] = n
 		}
 	}
 	return nil
+}
+
+// unannounced says whether udev is not done with a device. It keeps a file for each with which it is; where it does not run, no links will come.
+func (t *table) unannounced(n *node) bool {
+	if _, err := os.Lstat(t.root + "/run/udev/control"); err != nil {
+		return false
+	}
+	_, err := os.Lstat(fmt.Sprintf("%s/run/udev/data/b%d:%d", t.root, n.major, n.minor))
+	return err != nil
 }
 
 // inParallel does something for each of n, on all processors.
@@ -206,6 +218,11 @@ func (t *table) readAbove() error {
 				h.slaves = append(h.slaves, n.name)
 			}
 		}
+		n.slaves = slices.DeleteFunc(n.slaves, func(under string) bool {
+			gone := n.dm && t.nodes[under] == nil && dangling(n.dir+"/slaves/"+under)
+			n.gone = n.gone || gone
+			return gone
+		})
 		for _, under := range n.slaves {
 			if t.nodes[under] == nil {
 				return fmt.Errorf("cannot find %s, which %s is built on: %w", under, n.name, errUnsettled)
@@ -217,6 +234,17 @@ func (t *table) readAbove() error {
 		slices.SortFunc(names, naturalCompare)
 	}
 	return nil
+}
+
+// dangling says whether a link leads nowhere. device-mapper keeps a disk open that was taken away, and the link to it: the
+// kernel gives neither its name nor its number to another disk before the mapping is removed.
+func dangling(link string) bool {
+	info, err := os.Lstat(link)
+	if err != nil || info.Mode()&fs.ModeSymlink == 0 {
+		return false
+	}
+	_, err = os.Stat(link)
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 func (t *table) addAbove(under, above string) {

@@ -57,7 +57,7 @@ func printLocked(w io.Writer, locked []agent.Locked) error {
 		if l.Err != nil {
 			continue
 		}
-		if _, err := fmt.Fprintf(w, "locked %s (%s, %s)\n", l.Volume.MountPoint, l.Device, l.Volume.UUID); err != nil {
+		if _, err := fmt.Fprintf(w, "locked %s (%s, %s)\n", l.Volume.MountPoint, dash(l.Device), l.Volume.UUID); err != nil {
 			return err
 		}
 	}

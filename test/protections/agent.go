@@ -5,7 +5,28 @@ func inAgent() []protection {
 	const preflight = "agent/preflight.go"
 	const plan, apply, observe, run, node, recovery = "agent/plan.go", "agent/apply.go", "agent/observe.go", "agent/run.go", "agent/node.go", "agent/recovery.go"
 	row := func(name string) string { return "./agent TestDecisionTable/" + name }
+	const attach = "agent/attach.go"
 	return []protection{
+		// A disk that comes while the node runs.
+		{"nothing happens to an attached disk while the service is not active",
+			[]edit{{attach, `if service.Active == "inactive" || service.Active == "" {`, `if service.Active == "never" {`}}, "./agent TestNothingIsAttachedWithoutTheService"},
+		{"a volume that a person locked stays locked when another disk is attached",
+			[]edit{{attach, `if a.Verb.acts() && dealt.has(a.Device.Device) &&`, `if false && dealt.has(a.Device.Device) &&`}}, "./agent TestAttachedDiskLeavesOthersAlone"},
+		{"so does one that no run could open",
+			[]edit{{run, `n.noteLocked(locked, scan.Devices)`, ``}}, "./agent TestLockedVolumeThatFailedStaysLocked"},
+		{"an attached disk is not acted on before all links to it are there",
+			[]edit{{attach, `a.Verb.acts() && a.Device.Unannounced {`, `false {`}}, "./agent TestDiskThatUdevIsNotDoneWith"},
+		{"a disk that comes while the first run is at work is not missed",
+			[]edit{{run, `if err != nil || !came {`, `if came = false; !came {`}}, "./agent TestDiskThatComesDuringTheFirstRun"},
+		{"what was left because udev was not done with it is looked at again",
+			[]edit{{run, `return o.Action.Verb == Leave && o.Action.Device.Unannounced`, `return false`}}, "./agent TestDiskThatIsNamedDuringTheFirstRun"},
+		{"a disk that took the name of an attached one is not taken for it",
+			[]edit{{attach, `(a.DiskSeq == 0 || a.DiskSeq == d.DiskSeq)`, `true`}}, "./agent TestAttachedDiskThatHasGone"},
+		{"a volume whose old mapping is still there is not used beside it",
+			[]edit{{plan, `if m, ok := stillOpen(d.Gone, rec); ok && recorded {`, `if m, ok := stillOpen(d.Gone, rec); ok && false {`}}, "./agent TestDiskTakenAwayWhileMounted"},
+		{"the place of instance store that is still mounted is not given away",
+			[]edit{{plan, `string(volumes.ClassInstanceStore) && !open {`, `string(volumes.ClassInstanceStore) && !(open && false) {`}}, "./agent TestMountedInstanceStoreIsNotReplaced"},
+
 		// The plan.
 		{"a disk that holds the system or anything else in use is left alone",
 			[]edit{{plan, "if len(dev.Uses) > 0 {", "if false {"}}, row("in use")},

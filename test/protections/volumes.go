@@ -133,6 +133,8 @@ func inScan() []protection {
 		unread   = "./volumes TestUnreadableIsAnError/"
 	)
 	return []protection{
+		one("a disk that was not seen is not taken for one that has gone",
+			sysfs, "return errors.Is(err, fs.ErrNotExist)\n}\n\nfunc (t *table) addAbove", "return true\n}\n\nfunc (t *table) addAbove", "./volumes TestDiskTakenAwayFromUnderAMapping"),
 		one("an NVMe path node is no disk of its own",
 			sysfs, `hidden == "1" {`, `hidden == "2" {`, listed),
 		one("a partition is no disk",

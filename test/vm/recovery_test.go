@@ -26,6 +26,7 @@ func TestRecovery(t *testing.T) {
 	t.Parallel()
 	doc := harness.ReadDocument(t, assets, "docs/recovery.md", "README.md")
 	n := harness.NewNode(t, assets, "device_wait: 1s\n", ebs1, ebs2, copied, theirs)
+	noHotAttach(n)
 	n.MakeExt4("theirs", "theirs")
 	n.Resume()
 	n.AwaitVolumes()

@@ -18,6 +18,7 @@ import (
 func TestStatusScreen(t *testing.T) {
 	t.Parallel()
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1, ebs1)
+	noHotAttach(n)
 	n.Resume()
 	n.AwaitVolumes()
 	kms, imds := len(n.KMS.Calls()), len(n.IMDS.Requests())

@@ -667,19 +667,17 @@ func (a *applier) openOptions(act Action) luks.OpenOptions {
 }
 
 func (a *applier) mount(ctx context.Context, act Action, mapping string) error {
-	if act.Volume.MountPoint == volumes.SwapPoint {
-		a.phase(act, SpanMount, "swapon")
-		return a.startSwap(a.maps.Path(mapping))
-	}
-	a.phase(act, SpanMount, "mount")
+	what, description := a.maps.Path(mapping), fmt.Sprintf("Encrypted volume %s (%s)", act.Volume.Identity, act.Volume.UUID)
+	swap := act.Volume.MountPoint == volumes.SwapPoint
+	a.phase(act, SpanMount, map[bool]string{false: "mount", true: "swapon"}[swap])
 	m, err := a.mounter()
 	if err != nil {
 		return err
 	}
-	return m.StartMount(ctx, systemd.Mount{
-		What: a.maps.Path(mapping), Where: act.Volume.MountPoint, Type: act.Volume.Filesystem,
-		Description: fmt.Sprintf("Encrypted volume %s (%s)", act.Volume.Identity, act.Volume.UUID),
-	})
+	if swap {
+		return m.StartSwap(ctx, what, description)
+	}
+	return m.StartMount(ctx, systemd.Mount{What: what, Where: act.Volume.MountPoint, Type: act.Volume.Filesystem, Description: description})
 }
 
 // regionOf is the region in a key ARN, arn:PARTITION:kms:REGION:ACCOUNT:key/ID.

@@ -68,6 +68,8 @@ type mapper interface {
 type mounter interface {
 	StartMount(context.Context, systemd.Mount) error
 	StopMount(ctx context.Context, where string) error
+	StartSwap(ctx context.Context, device, description string) error
+	StopSwap(ctx context.Context, device string) error
 	Close()
 }
 
@@ -87,8 +89,6 @@ type Node struct {
 	service  func(context.Context) (systemd.UnitFacts, error)
 	lockWait time.Duration
 	usage    func(mountPoint string) (volumes.Space, error)
-
-	startSwap, stopSwap func(device string) error
 
 	// statusPath is where the outcome of the last run stands for others to read.
 	statusPath string
@@ -122,8 +122,6 @@ func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 		},
 		lockWait:   lockWait,
 		usage:      volumes.Usage,
-		startSwap:  systemd.StartSwap,
-		stopSwap:   systemd.StopSwap,
 		statusPath: DefaultStatusPath,
 		now:        time.Now,
 		spans:      spans,

@@ -370,7 +370,7 @@ func (n *Node) lockOne(ctx context.Context, connect func() (mounter, error), m v
 		// The innermost mount last found is unmounted first.
 		for _, where := range slices.Backward(m.Mounts) {
 			if where == volumes.SwapPoint {
-				if err := n.stopSwap(n.maps.Path(m.Name)); err != nil {
+				if err := mounts.StopSwap(ctx, n.maps.Path(m.Name)); err != nil {
 					return err
 				}
 				continue

@@ -132,7 +132,6 @@ func (m *machine) node() *Node {
 		return systemd.UnitFacts{Active: "active"}, nil
 	}
 	n.mounts = func(context.Context) (mounter, error) { return m.mounter(), nil }
-	n.startSwap, n.stopSwap = m.startSwap, m.stopSwap
 	// Other tests use the memory of this process at the same time; it must not be searched for copies.
 	n.wipeKeys = func(keys ...*keycache.Key) error {
 		for _, k := range keys {
@@ -398,8 +397,8 @@ func (m machineMounts) StopMount(_ context.Context, where string) error {
 
 func (m machineMounts) Close() {}
 
-// startSwap is swapon(8): it takes nothing but swap.
-func (m *machine) startSwap(device string) error {
+// StartSwap is swapon(8): it takes nothing but swap.
+func (m machineMounts) StartSwap(_ context.Context, device, _ string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	found, err := volumes.Filesystem(context.Background(), device)
@@ -413,7 +412,7 @@ func (m *machine) startSwap(device string) error {
 	return nil
 }
 
-func (m *machine) stopSwap(device string) error {
+func (m machineMounts) StopSwap(_ context.Context, device string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err := m.fail("swapoff", device); err != nil {

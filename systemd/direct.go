@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -124,9 +123,8 @@ func (d *direct) writeDropIn(name string, mnt Mount) error {
 	if err := makeDirectory(dir); err != nil {
 		return err
 	}
-	// A percent sign begins a specifier.
 	text := fmt.Sprintf("# By luks-kms-agent, until the volume is locked.\n[Unit]\nDescription=%s\nDefaultDependencies=no\nBefore=%s %s\nConflicts=%s\n",
-		strings.ReplaceAll(mnt.description(), "%", "%%"), target, umountTarget, umountTarget)
+		escape(mnt.description()), target, umountTarget, umountTarget)
 	file := filepath.Join(dir, dropInName)
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		return err

@@ -78,6 +78,7 @@ type conn interface {
 	StartUnitContext(ctx context.Context, name, mode string, ch chan<- string) (int, error)
 	StopUnitContext(ctx context.Context, name, mode string, ch chan<- string) (int, error)
 	ResetFailedUnitContext(ctx context.Context, name string) error
+	ReloadContext(ctx context.Context) error
 	Close()
 }
 
@@ -86,6 +87,7 @@ type Manager struct {
 	conn   conn
 	end    context.CancelFunc
 	direct *direct // nil: every mount is a job of systemd's
+	units  string  // where unit files for this boot go
 }
 
 // Connect connects to systemd. ctx bounds the connecting only; Close ends the connection. The error is ErrNoSystemd
@@ -125,7 +127,7 @@ func connect(ctx context.Context, booted string, dial func(context.Context) (con
 		}
 		return nil, fmt.Errorf("cannot connect to systemd: %w: %w", ErrNoSystemd, err)
 	}
-	m := &Manager{conn: c, end: end, direct: newDirect(c)}
+	m := &Manager{conn: c, end: end, direct: newDirect(c), units: runtimeDir}
 	if m.direct != nil {
 		go func() { _, _ = m.direct.loaded() }() // the first mount will want to know
 	}
@@ -340,15 +342,22 @@ func checkPath(p string) error {
 // unitName is the name that systemd gives the mount unit of a mount point.
 func unitName(where string) string { return unit.UnitNamePathEscape(where) + ".mount" }
 
-// description is one line of a unit file, whatever a disk calls itself: a backslash at the end would continue it.
 func (mnt Mount) description() string {
+	return oneLine(cmp.Or(mnt.Description, "Encrypted volume on "+mnt.Where))
+}
+
+// oneLine makes one line of a unit file of text, whatever a disk calls itself: a backslash at the end would continue it.
+func oneLine(text string) string {
 	return strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f || r == '\\' {
 			return '?'
 		}
 		return r
-	}, cmp.Or(mnt.Description, "Encrypted volume on "+mnt.Where))
+	}, text)
 }
+
+// escape is for text in a unit file: a percent sign begins a specifier.
+func escape(text string) string { return strings.ReplaceAll(text, "%", "%%") }
 
 // properties are those of the transient unit. Names and types: org.freedesktop.systemd1(5), Mount Unit Objects and
 // Unit Objects; the package doc says why the order is what it is.

@@ -27,6 +27,10 @@ type manager struct {
 	modes  []string
 	closed bool
 
+	files string // where unit files are; "" = nowhere
+	blind bool   // new ones are seen only after a reload
+	known map[string]bool
+
 	version string // as over D-Bus: with quotes
 }
 
@@ -56,6 +60,14 @@ func (m *manager) GetAllPropertiesContext(ctx context.Context, name string) (map
 	if u, ok := m.units[name]; ok {
 		return maps.Clone(u), nil
 	}
+	if m.files != "" && (!m.blind || m.known[name]) {
+		file := filepath.Join(m.files, name)
+		if text, err := os.ReadFile(file); err == nil {
+			_, what, _ := strings.Cut(string(text), "What=")
+			m.units[name] = map[string]any{"LoadState": "loaded", "ActiveState": "inactive", "FragmentPath": file, "What": strings.TrimSpace(what)}
+			return maps.Clone(m.units[name]), nil
+		}
+	}
 	return map[string]any{"LoadState": "not-found", "ActiveState": "inactive", "Transient": false}, nil
 }
 
@@ -74,7 +86,10 @@ func (m *manager) StartTransientUnitContext(_ context.Context, name, mode string
 	return m.start(name, mode, ch)
 }
 
-func (m *manager) StartUnitContext(_ context.Context, name, mode string, ch chan<- string) (int, error) {
+func (m *manager) StartUnitContext(ctx context.Context, name, mode string, ch chan<- string) (int, error) {
+	if _, err := m.GetAllPropertiesContext(ctx, name); err != nil || m.units[name] == nil {
+		return 0, errors.Join(err, errors.New("no such unit"))
+	}
 	return m.start(name, mode, ch)
 }
 
@@ -120,6 +135,15 @@ func (m *manager) ResetFailedUnitContext(_ context.Context, name string) error {
 		return nil
 	}
 	return dbus.Error{Name: "org.freedesktop.systemd1.NoSuchUnit"}
+}
+
+func (m *manager) ReloadContext(context.Context) error {
+	entries, err := os.ReadDir(m.files)
+	m.known = map[string]bool{}
+	for _, e := range entries {
+		m.known[e.Name()] = true
+	}
+	return errors.Join(err, m.err)
 }
 
 func (m *manager) Close() { m.closed = true }

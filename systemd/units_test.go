@@ -296,12 +296,20 @@ var additions = []struct {
 			b.link("luks-kms-agent.target.wants", name)
 		}
 		b.write("docker.socket", "[Unit]\nPartOf=docker.service\n[Socket]\nListenStream=/run/docker.sock\n[Install]\nWantedBy=sockets.target\n")
+		b.dropIn("docker.socket")
 		b.enable("docker.socket")
+		b.link("luks-kms-agent.target.wants", "docker.socket")
 		// What the fstab generator makes of the shipped line.
 		b.write("var-lib-containerd.mount", "[Unit]\nAfter=luks-kms-agent.target volume-directories.service\nRequires=luks-kms-agent.target volume-directories.service\n"+
 			"[Mount]\nWhat=/mnt/containerd\nWhere=/var/lib/containerd\nType=none\nOptions=bind,nofail,_netdev\n")
 		b.link("luks-kms-agent.target.wants", "var-lib-containerd.mount")
 	}, false},
+
+	{"a socket that waits for the target, with default dependencies", func(b *boot) {
+		b.write("docker.service", orderings["docker.service"]+"[Service]\nExecStart=/bin/true\n")
+		b.write("docker.socket", "[Unit]\nRequires=luks-kms-agent.target\nAfter=luks-kms-agent.target\n[Socket]\nListenStream=/run/docker.sock\n[Install]\nWantedBy=sockets.target\n")
+		b.enable("docker.socket")
+	}, true},
 
 	// Known to be bad: these show that the check sees a cycle.
 	{"plain fstab mount", func(b *boot) {
@@ -418,7 +426,6 @@ func TestServiceKeepsTheDesign(t *testing.T) {
 		{"Service", "DeviceAllow", "block-*", "disks could not be opened"},
 		{"Service", "DeviceAllow", "/dev/mapper/control", "device-mapper could not be asked"},
 		{"Service", "ReadWritePaths", "/sys/devices/virtual", "udev could not be told to look at a mapping again"},
-		{"Service", "SystemCallFilter", "swapon", "a volume could not become swap"},
 		{"Service", "SystemCallErrorNumber", "EPERM", "a program would be killed without a word"},
 		{"Service", "RestrictAddressFamilies", "AF_ALG", "cryptsetup could not encrypt a keyslot"},
 		{"Service", "RestrictAddressFamilies", "AF_NETLINK", "libdevmapper could not talk to udev"},

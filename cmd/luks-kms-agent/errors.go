@@ -78,6 +78,7 @@ func exitCode(err error) int {
 		record   *keycache.RecordError
 		header   *luks.HeaderError
 		mount    *systemd.MountError
+		swap     *systemd.SwapError
 		program  *exec.ExitError
 		errno    syscall.Errno
 		timeline *agent.TimelineError
@@ -142,7 +143,7 @@ func exitCode(err error) int {
 		return exitRefused // the file can be read, and is not accepted
 	case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):
 		return exitRefused
-	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, luks.ErrNoKeySlot), errors.Is(err, agent.ErrNoFilesystem),
+	case errors.As(err, &backup), errors.As(err, &store), errors.As(err, &mount), errors.As(err, &swap), errors.Is(err, volumes.ErrChanged), errors.Is(err, luks.ErrBusy), errors.Is(err, luks.ErrNoKeySlot), errors.Is(err, agent.ErrNoFilesystem),
 		errors.Is(err, fs.ErrNotExist), errors.Is(err, agent.ErrNothingRan), errors.As(err, &program), errors.As(err, &errno):
 		return exitDevice
 	}
@@ -161,6 +162,7 @@ func hint(err error) string {
 		kms      *keycache.Error
 		store    *keycache.StoreError
 		mount    *systemd.MountError
+		swap     *systemd.SwapError
 		header   *luks.HeaderError
 		timeline *agent.TimelineError
 		backup   *keycache.BackupError
@@ -239,6 +241,10 @@ func hint(err error) string {
 		return "Run the agent as root."
 	case errors.As(err, &store):
 		return "The state directory must be a directory of root's with mode 0700. Nothing in it was changed."
+	case errors.As(err, &swap) && swap.Off:
+		return "What is swapped out needs free memory: stop what uses it, and lock again. The volume is as it was."
+	case errors.As(err, &swap):
+		return "The volume is open. See `systemctl status` of the swap unit, then run `luks-kms-agent unlock` again."
 	case errors.As(err, &mount):
 		return "The volume is open. See `systemctl status` of the mount unit, then run `luks-kms-agent unlock` again."
 	case errors.Is(err, agent.ErrRotating):

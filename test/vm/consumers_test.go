@@ -64,7 +64,9 @@ func TestConsumers(t *testing.T) {
 			}
 		}
 	}
-	n.Sh("systemctl start multi-user.target luks-kms-agent.target && " + useDocker)
+	n.Sh("systemctl start multi-user.target luks-kms-agent.target")
+	n.AwaitActive("docker.socket", time.Minute)
+	n.Sh(useDocker)
 	n.AwaitActive("docker.service", time.Minute)
 	running("at first")
 	n.PowerOff()
@@ -74,10 +76,14 @@ func TestConsumers(t *testing.T) {
 	n.Await("the agent says that it retries", time.Minute, func() bool {
 		return strings.Contains(n.Unit("luks-kms-agent.service")["StatusText"], "Waiting for Decrypt")
 	})
-	n.Sh(useDocker) // it waits
+	if r := n.Try(useDocker); r.Code == 0 {
+		t.Error("docker's socket listens without its volumes")
+	}
+	n.Sh("systemctl start --no-block docker.service kubelet.service") // they wait
 	wantIdle(t, n)
 	n.KMS.Inject()
 	n.AwaitVolumes()
+	n.AwaitActive("docker.socket", time.Minute)
 	for _, c := range consumers {
 		n.AwaitActive(c.unit, time.Minute)
 	}
@@ -164,7 +170,8 @@ func installConsumers(t *testing.T, n *harness.Node) {
 		}
 	}
 	n.Write(units+"docker.socket", 0o644, "[Unit]\nPartOf=docker.service\n[Socket]\nListenStream=127.0.0.1:2375\n[Install]\nWantedBy=sockets.target\n")
+	n.Write(units+"docker.socket.d/50-luks-kms-agent.conf", 0o644, shipped("docker.socket.d/50-luks-kms-agent.conf"))
 	n.Write(units+"volume-directories.service", 0o644, shipped("volume-directories.service"))
 	n.Write("/etc/fstab", 0o644, shipped("fstab"))
-	n.Sh("systemctl daemon-reload; " + enable + "systemctl enable -q --now docker.socket; systemctl enable -q volume-directories.service; systemctl daemon-reload")
+	n.Sh("systemctl daemon-reload; " + enable + "systemctl enable -q docker.socket; systemctl enable -q volume-directories.service; systemctl daemon-reload")
 }

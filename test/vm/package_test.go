@@ -169,7 +169,7 @@ func TestDeb(t *testing.T) {
 	}
 
 	said := n.Sh("DEBIAN_FRONTEND=noninteractive apt-get purge -qy luks-kms-agent")
-	archive := regexp.MustCompile(`(?m)^luks-kms-agent: the key records are not deleted, they are now in (` + stateDir + `\.purged-\d{8}T\d{6}Z)$`).FindStringSubmatch(said)
+	archive := regexp.MustCompile(`(?m)^luks-kms-agent: the key records are not deleted, they are now in (` + stateDir + `\.purged-\d{8}T\d{6}Z)\r?$`).FindStringSubmatch(said)
 	if archive == nil {
 		t.Fatalf("the purge said\n%s", said)
 	}

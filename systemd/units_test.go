@@ -305,12 +305,6 @@ var additions = []struct {
 		b.link("luks-kms-agent.target.wants", "var-lib-containerd.mount")
 	}, false},
 
-	{"a socket that waits for the target, with default dependencies", func(b *boot) {
-		b.write("docker.service", orderings["docker.service"]+"[Service]\nExecStart=/bin/true\n")
-		b.write("docker.socket", "[Unit]\nRequires=luks-kms-agent.target\nAfter=luks-kms-agent.target\n[Socket]\nListenStream=/run/docker.sock\n[Install]\nWantedBy=sockets.target\n")
-		b.enable("docker.socket")
-	}, true},
-
 	// Known to be bad: these show that the check sees a cycle.
 	{"plain fstab mount", func(b *boot) {
 		b.write("data.mount", fstabMount("/data", "defaults", "Before=local-fs.target\n"))
@@ -341,6 +335,13 @@ var orderings = map[string]string{
 func (b *boot) dropIn(name string) {
 	file := name + ".d/50-luks-kms-agent.conf"
 	b.write(file, read(b.t, dropIns+file))
+}
+
+// With systemd's defaults sockets.target, and with it the boot, would wait for KMS.
+func TestSocketOfAConsumerHoldsUpNothing(t *testing.T) {
+	if got := settings(t, dropIns+"docker.socket.d/50-luks-kms-agent.conf", "Unit", "DefaultDependencies"); !slices.Equal(got, []string{"no"}) {
+		t.Errorf("DefaultDependencies=%v", got)
+	}
 }
 
 func TestBootHasNoOrderingCycle(t *testing.T) {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -131,5 +132,48 @@ func TestLateVolumeBesideAnUnreadableRecord(t *testing.T) {
 	attachedAnew.Device.DiskSeq = 2
 	if !o.sameSubject(o) || o.sameSubject(other) || o.sameSubject(disk) || !disk.sameSubject(disk) || disk.sameSubject(attachedAnew) {
 		t.Error("subjects are mixed up")
+	}
+}
+
+// A disk that udev is not done with may be one that the configuration excludes by a link: the first run of a boot waits for udev, and never
+// formats it before.
+func TestDiskThatMayBeExcludedWaitsForUdev(t *testing.T) {
+	const link = "/dev/disk/by-id/theirs"
+	for name, exclude := range map[string]string{"it is excluded": link, "no link comes": "/dev/disk/by-id/other"} {
+		t.Run(name, func(t *testing.T) {
+			m := newMachine(t)
+			m.disk(volumes.ClassEBS, "vol-1")
+			m.disk(volumes.ClassEBS, "vol-2")
+			m.unannounced = map[string]bool{"vol-2": true}
+			m.cfg.Exclude, m.cfg.DeviceWait = []string{exclude}, time.Minute
+			before := m.sums()
+			m.whenMounted("/mnt", func() {
+				m.mu.Lock()
+				defer m.mu.Unlock()
+				m.devices[1].Links, m.unannounced = []string{link}, nil
+			})
+			r := m.runOK()
+			excluded := exclude == link
+			if got := m.sums()["vol-2"]; (got == before["vol-2"]) != excluded || (m.mounts["/mnt1"] == "") != excluded {
+				t.Errorf("outcomes %+v, mounts %v", r.Outcomes, m.mounts)
+			}
+		})
+	}
+
+	m := newMachine(t)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.unannounced = map[string]bool{"vol-1": true}
+	m.cfg.Exclude = []string{link}
+	before := m.sums()
+	errs := m.run().Failures()
+	if len(errs) != 1 || !strings.Contains(errs[0].Error(), "udev is not done with ") || !strings.Contains(errs[0].Error(), link) {
+		t.Errorf("udev never is: %v", errs)
+	}
+	m.untouched(before)
+	// Whatever the configuration names otherwise is there without udev.
+	m.cfg.Exclude = []string{"vol-9"}
+	m.runOK()
+	if m.mounts["/mnt"] == "" {
+		t.Errorf("mounts %v", m.mounts)
 	}
 }

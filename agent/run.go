@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -44,7 +45,7 @@ func (n *Node) Plan(ctx context.Context) (Plan, error) {
 // Volumes that somebody counts on and that are not there are waited for, up to
 // DeviceWait: a disk may be attached while the node boots. The others do not wait.
 func (n *Node) Run(ctx context.Context) (Report, error) {
-	return n.carryOut(ctx, errand{command: "run", wait: n.cfg.DeviceWait})
+	return n.carryOut(ctx, errand{command: "run", wait: n.cfg.DeviceWait, choose: n.untilAnnounced})
 }
 
 // Unlock opens and mounts volumes and never formats. The names are those of
@@ -71,6 +72,25 @@ func (n *Node) Unlock(ctx context.Context, names []string) (Report, error) {
 		p.Actions = kept
 		return p, nil
 	}})
+}
+
+// untilAnnounced has disks wait that udev is not done with, while the configuration has a path that no disk has: it may be a link to one of
+// them that is still to be made, and exclude it.
+func (n *Node) untilAnnounced(p Plan) (Plan, error) {
+	names := slices.Clone(n.cfg.Exclude)
+	for _, v := range n.cfg.Volumes {
+		names = append(names, v.Name)
+	}
+	open := slices.IndexFunc(names, func(name string) bool {
+		return filepath.IsAbs(name) && !slices.ContainsFunc(p.Actions, func(a Action) bool { return a.Device.Path != "" && a.Device.Is(name) })
+	})
+	for i := range p.Actions {
+		if a := &p.Actions[i]; open >= 0 && a.Verb.acts() && a.Device.Unannounced {
+			a.Verb, a.Refusal, a.Missing, a.Replaces = Refuse, RefusedDevice, true, nil
+			a.Reason = fmt.Sprintf("udev is not done with %s, which may be %s of the configuration", a.Device.Path, names[open])
+		}
+	}
+	return p, nil
 }
 
 // errand is what carryOut is to do.
@@ -243,7 +263,7 @@ func (n *Node) awaitDisk(ctx context.Context, report Report, seen []volumes.Devi
 func fingerprint(devices []volumes.Device) string {
 	var b strings.Builder
 	for _, d := range devices {
-		fmt.Fprintln(&b, d.Name, d.DiskSeq, d.Size, d.Links)
+		fmt.Fprintln(&b, d.Name, d.DiskSeq, d.Size, d.Links, d.Unannounced)
 	}
 	return b.String()
 }

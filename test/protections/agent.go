@@ -30,6 +30,8 @@ func inAgent() []protection {
 		// The plan.
 		{"a disk that holds the system or anything else in use is left alone",
 			[]edit{{plan, "if len(dev.Uses) > 0 {", "if false {"}}, row("in use")},
+		{"a disk that a link may exclude waits for udev",
+			[]edit{{run, "open >= 0 && a.Verb.acts()", "open > 99 && a.Verb.acts()"}}, "./agent TestDiskThatMayBeExcludedWaitsForUdev"},
 		{"a disk that is in use is refused even where it is named",
 			[]edit{{plan, "wanted := recorded || dev.Named != \"\"", "wanted := recorded"}}, row("in use though named")},
 		{"a Multi-Attach volume is refused",

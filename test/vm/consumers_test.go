@@ -56,19 +56,16 @@ func TestConsumers(t *testing.T) {
 	n.AwaitVolumes()
 	wantMounted(t, n, "/mnt", "/mnt1")
 	installConsumers(t, n)
-	running := func(when string) {
+	running := func() {
 		t.Helper()
 		for _, c := range consumers {
-			if state := n.Unit(c.unit)["ActiveState"]; state != "active" {
-				t.Errorf("%s: %s is %s\n%s", when, c.unit, state, n.Sh("systemctl status --no-pager "+c.unit+" || true"))
-			}
+			n.AwaitActive(c.unit, time.Minute)
 		}
 	}
 	n.Sh("systemctl start multi-user.target luks-kms-agent.target")
 	n.AwaitActive("docker.socket", time.Minute)
 	n.Sh(useDocker)
-	n.AwaitActive("docker.service", time.Minute)
-	running("at first")
+	running()
 	n.PowerOff()
 
 	n.KMS.Inject(down)
@@ -84,10 +81,7 @@ func TestConsumers(t *testing.T) {
 	n.KMS.Inject()
 	n.AwaitVolumes()
 	n.AwaitActive("docker.socket", time.Minute)
-	for _, c := range consumers {
-		n.AwaitActive(c.unit, time.Minute)
-	}
-	running("after KMS was back")
+	running()
 	for _, c := range consumers {
 		started := monotonic(t, n, c.unit, "ExecMainStartTimestampMonotonic")
 		for _, where := range c.mounts {

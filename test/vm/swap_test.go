@@ -36,6 +36,7 @@ func TestSwap(t *testing.T) {
 	if found := n.Find("ssd1", []byte(marker)); len(found) > 0 {
 		t.Errorf("the disk shows %v", found)
 	}
+	n.Sh("rm /run/marked && rmdir /sys/fs/cgroup/story") // the limit would hold back what swapoff brings back
 	if s := n.Sh("luks-kms-agent status"); !strings.Contains(s, "[SWAP]") || !strings.Contains(s, "swap") {
 		t.Errorf("status: %s", s)
 	}

@@ -1,6 +1,7 @@
 package systemd
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"io/fs"
 	"os"
@@ -15,15 +16,16 @@ import (
 
 // The packages whose unit files make a node's boot. They come from this machine's own distribution, and nothing of them
 // is installed.
-var bootPackages = []string{"systemd", "udev", "cloud-init", "ifupdown", "postgresql-common"}
+var bootPackages = []string{"systemd", "udev", "cloud-init", "ifupdown", "network-manager", "postgresql-common"}
 
 // What enables the units of each package; Debian's own maintainer scripts and cloud-init's generator make these links.
 const cloudInitTarget = "cloud-init.target"
 
 var enabledUnits = map[string][]string{
-	"cloud-init": {"cloud-init-local.service", "cloud-init.service", "cloud-config.service", "cloud-final.service"},
-	"ifupdown":   {"networking.service", "ifupdown-wait-online.service"},
-	"networkd":   {"systemd-networkd.service", "systemd-networkd-wait-online.service"},
+	"cloud-init":     {"cloud-init-local.service", "cloud-init.service", "cloud-config.service", "cloud-final.service"},
+	"ifupdown":       {"networking.service", "ifupdown-wait-online.service"},
+	"NetworkManager": {"NetworkManager.service", "NetworkManager-wait-online.service"},
+	"networkd":       {"systemd-networkd.service", "systemd-networkd-wait-online.service"},
 }
 
 // What the fstab generator makes (systemd 252) of a line with x-systemd.requires=luks-kms-agent.target. systemd reads
@@ -189,7 +191,8 @@ func packageUnits(t *testing.T) string {
 		t.Fatal(err)
 	}
 	release := strings.NewReplacer("/", "_", " ", "_").Replace(osRelease(t))
-	dir := filepath.Join(cache, "luks-kms-agent", "boot-units-"+release)
+	list := sha256.Sum256([]byte(strings.Join(bootPackages, " ")))
+	dir := filepath.Join(cache, "luks-kms-agent", fmt.Sprintf("boot-units-%s-%x", release, list[:4]))
 	if _, err := os.Stat(dir); err == nil {
 		return dir
 	}
@@ -236,7 +239,7 @@ func osRelease(t *testing.T) string {
 	return options["ID"] + "-" + options["VERSION_ID"]
 }
 
-var networks = [][]string{{}, {"ifupdown"}, {"networkd"}, {"ifupdown", "networkd"}}
+var networks = [][]string{{}, {"ifupdown"}, {"networkd"}, {"ifupdown", "networkd"}, {"NetworkManager"}}
 
 const consumerUnit = "[Unit]\nDescription=A consumer\n[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n"
 

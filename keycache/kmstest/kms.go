@@ -568,3 +568,27 @@ func cut(w http.ResponseWriter) {
 		}
 	}
 }
+
+// ImportKey creates a key of that id and secret, as [KMS.NewKey] makes it otherwise, and returns its ARN: what was wrapped under it in another process
+// is unwrapped.
+func (k *KMS) ImportKey(id string, secret [32]byte) string {
+	arn := k.NewKey(KeySpec{})
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	made := k.keys[keyPart(arn)]
+	delete(k.keys, made.id)
+	made.id, made.arn, made.secret = id, strings.Replace(arn, made.id, id, 1), secret[:]
+	k.keys[id] = made
+	return made.arn
+}
+
+// Unwrap decrypts what [KMS.Wrap] made, as KMS Decrypt would.
+func (k *KMS) Unwrap(arn string, blob []byte) ([]byte, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	plaintext, refused := k.unwrap(k.keys[keyPart(arn)], blob, nil)
+	if refused != nil {
+		return nil, fmt.Errorf("cannot unwrap: %s: %s", refused.code, refused.message)
+	}
+	return plaintext, nil
+}

@@ -539,9 +539,9 @@ func (a *applier) filesystemOf(ctx context.Context, act Action) (string, error) 
 	if err != nil {
 		return "", err
 	}
-	if !slices.Contains(filesystems, content.Type) {
+	if !slices.Contains(contents, content.Type) {
 		return "", &RefusedError{Refusal: RefusedContent, Device: act.Device.Path,
-			Reason: fmt.Sprintf("volume %s opens, but holds no %v filesystem (%s)", act.Volume.UUID, filesystems, content.Detail)}
+			Reason: fmt.Sprintf("volume %s opens, but holds no %v filesystem (%s)", act.Volume.UUID, contents, content.Detail)}
 	}
 	return content.Type, nil
 }

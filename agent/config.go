@@ -272,7 +272,7 @@ func (p *parser) top(n *yaml.Node) error {
 		"kms_endpoint":   p.text("kms_endpoint", &c.KMSEndpoint),
 		"imds_endpoint":  p.text("imds_endpoint", &c.IMDSEndpoint),
 		"key_scope":      oneOf(p, "key_scope", &c.KeyScope, string(ScopeNode), string(ScopeVolume)),
-		"filesystem":     oneOf(p, "filesystem", &c.Filesystem, filesystems[:2]...),
+		"filesystem":     oneOf(p, "filesystem", &c.Filesystem, filesystems...),
 		"instance_store": oneOf(p, "instance_store", &c.InstanceStore, policy...),
 		"ebs":            oneOf(p, "ebs", &c.EBS, policy...),
 		"volumes":        p.volumes,
@@ -288,8 +288,11 @@ func (p *parser) top(n *yaml.Node) error {
 	})
 }
 
-// filesystems are what a volume may have in it; swap only where the configuration names the volume.
-var filesystems = []string{"xfs", "ext4", swapType}
+// filesystems are what any volume may have in it, and contents what one may have that the configuration names.
+var (
+	filesystems = []string{"xfs", "ext4"}
+	contents    = append(slices.Clone(filesystems), swapType)
+)
 
 const swapType = "swap"
 
@@ -304,7 +307,7 @@ func (p *parser) volumes(n *yaml.Node) error {
 		err := p.mapping(item, where, fields{
 			"name":        p.text(where+".name", &v.Name),
 			"mount_point": p.text(where+".mount_point", &v.MountPoint),
-			"filesystem":  oneOf(p, where+".filesystem", &v.Filesystem, filesystems...),
+			"filesystem":  oneOf(p, where+".filesystem", &v.Filesystem, contents...),
 		})
 		if err != nil {
 			return err

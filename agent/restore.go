@@ -16,7 +16,7 @@ import (
 )
 
 // ErrNoFilesystem says that a restored header opens its volume, and that there is no filesystem of ours in that.
-var ErrNoFilesystem = fmt.Errorf("there is no filesystem of %v", filesystems)
+var ErrNoFilesystem = fmt.Errorf("there is no filesystem of %v", contents)
 
 // Restore is a header that is to be restored, or was.
 type Restore struct {
@@ -258,7 +258,7 @@ func (w *work) proveOpens(ctx context.Context, d DeviceFacts, rec keycache.Volum
 		return err
 	}
 	content, err := volumes.Filesystem(ctx, w.maps.Path(rec.Mapping))
-	if err == nil && !slices.Contains(filesystems, content.Type) {
+	if err == nil && !slices.Contains(contents, content.Type) {
 		err = fmt.Errorf("the header of %s is restored and opens volume %s, but: %w (%s)", d.Path, rec.UUID, ErrNoFilesystem, content.Detail)
 	}
 	return errors.Join(err, w.maps.Close(context.WithoutCancel(ctx), rec.Mapping))

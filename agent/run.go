@@ -250,9 +250,10 @@ func (n *Node) awaitDisk(ctx context.Context, report Report, seen []volumes.Devi
 	systemd.ExtendTimeout(left + time.Minute)
 	end := n.spans.begin(SpanWait, "for a disk", nil)
 	defer end(nil)
+	before := fingerprint(seen)
 	for ; n.now().Before(deadline) && ctx.Err() == nil; time.Sleep(min(devicePoll, max(0, deadline.Sub(n.now())))) {
 		// A scan that fails now is one of a moment at which disks come and go.
-		if now, err := n.disks.Scan(ctx, nil); err == nil && fingerprint(now.Devices) != fingerprint(seen) {
+		if now, err := n.disks.Scan(ctx, nil); err == nil && fingerprint(now.Devices) != before {
 			return true
 		}
 	}

@@ -34,7 +34,7 @@ func TestAttachedUnitIsConfinedAsTheService(t *testing.T) {
 }
 
 func TestAttachedUnitKeepsTheDesign(t *testing.T) {
-	for _, c := range []struct{ section, name, value, why string }{
+	wantSettings(t, attachedUnit, []wanted{
 		{"Unit", "ConditionPathExists", "/run/luks-kms-agent/disks.json", "at boot there would be a process for each disk"},
 		{"Unit", "DefaultDependencies", "no", "the condition would be looked at later than the disk comes, by when the first run may be over"},
 		{"Unit", "StartLimitIntervalSec", "0", "systemd would give up while KMS is away"},
@@ -42,11 +42,7 @@ func TestAttachedUnitKeepsTheDesign(t *testing.T) {
 		{"Unit", "Before", "shutdown.target", "a run that waits for KMS would hold up the shutdown"},
 		{"Service", "Type", "oneshot", "it would count as up before the volume is"},
 		{"Service", "Restart", "on-failure", "a disk that comes while KMS is away would stay as it is"},
-	} {
-		if got := settings(t, attachedUnit, c.section, c.name); !slices.Contains(got, c.value) {
-			t.Errorf("%s=%v has no %s: %s", c.name, got, c.value, c.why)
-		}
-	}
+	})
 	for name, why := range map[string]string{
 		"Unit/After":              "the condition would be looked at when the first run is over, and each disk get a process at boot",
 		"Unit/Requires":           "it would start the service where nobody enabled it",

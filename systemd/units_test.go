@@ -405,10 +405,22 @@ func settings(t *testing.T, file, section, name string) []string {
 	return values
 }
 
+// wanted is a value of a directive, and what would be without it.
+type wanted struct{ section, name, value, why string }
+
+func wantSettings(t *testing.T, file string, rows []wanted) {
+	t.Helper()
+	for _, c := range rows {
+		if got := settings(t, file, c.section, c.name); !slices.Contains(got, c.value) {
+			t.Errorf("%s=%v has no %s: %s", c.name, got, c.value, c.why)
+		}
+	}
+}
+
 // What the design stands on and what no verifier can know to be wanted.
 func TestServiceKeepsTheDesign(t *testing.T) {
 	const service = "luks-kms-agent.service"
-	for _, c := range []struct{ section, name, value, why string }{
+	wantSettings(t, service, []wanted{
 		{"Unit", "DefaultDependencies", "no", "multi-user.target, and with it logins, would wait for KMS"},
 		{"Unit", "After", "network-online.target", "IMDS and KMS need the network"},
 		{"Unit", "After", "local-fs.target", "the records lie on the boot volume"},
@@ -434,11 +446,7 @@ func TestServiceKeepsTheDesign(t *testing.T) {
 		{"Service", "RestrictAddressFamilies", "AF_ALG", "cryptsetup could not encrypt a keyslot"},
 		{"Service", "RestrictAddressFamilies", "AF_NETLINK", "libdevmapper could not talk to udev"},
 		{"Install", "WantedBy", "multi-user.target", "nothing would start it"},
-	} {
-		if got := settings(t, service, c.section, c.name); !slices.Contains(got, c.value) {
-			t.Errorf("%s=%v has no %s: %s", c.name, got, c.value, c.why)
-		}
-	}
+	})
 	// Exactly the exit codes that another try cannot mend (docs: exit codes; 5 is the retryable one).
 	if got, want := settings(t, service, "Service", "RestartPreventExitStatus"), strings.Fields("1 2 3 4 6 7 8"); !slices.Equal(got, want) {
 		t.Errorf("RestartPreventExitStatus=%v, want %v", got, want)

@@ -217,6 +217,8 @@ func (a *applier) do(ctx context.Context, act *Action) (err error) {
 			return err
 		}
 		return a.mount(ctx, *act, act.OpenAs)
+	case Stripe:
+		return &RefusedError{Refusal: RefusedDevice, Device: act.Device.Path, Reason: "the stripe that it is to be part of is not made"}
 	case Refuse:
 		return &RefusedError{Refusal: act.Refusal, Device: act.Device.Path, Reason: act.Reason}
 	}

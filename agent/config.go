@@ -53,6 +53,15 @@ const (
 	MultiAttachAllow  MultiAttach = "allow"  // use them all the same
 )
 
+// Switch is on or off.
+type Switch string
+
+// The positions of a switch.
+const (
+	On  Switch = "on"
+	Off Switch = "off"
+)
+
 // Config is the agent's configuration. Its defaults are those of [LoadConfig].
 type Config struct {
 	Path          string         // the file it was read from
@@ -74,6 +83,7 @@ type Config struct {
 	AllowedKeys   []string       // ARNs of keys whose volumes may be adopted, beside KMSKey
 	DeviceWait    time.Duration  // how long a run waits for volumes that are not there; 0: not at all
 	MultiAttach   MultiAttach    //
+	Stripe        Switch         // whether blank instance-store volumes become one
 }
 
 // VolumeConfig is what the configuration says of one volume.
@@ -158,6 +168,7 @@ func defaultConfig(path string) Config {
 		AuditLog:      "/var/log/luks-kms-agent/audit.jsonl",
 		DeviceWait:    30 * time.Second,
 		MultiAttach:   MultiAttachRefuse,
+		Stripe:        Off,
 	}
 }
 
@@ -285,6 +296,8 @@ func (p *parser) top(n *yaml.Node) error {
 		"allowed_keys":   p.texts("allowed_keys", &c.AllowedKeys),
 		"device_wait":    p.duration("device_wait", &c.DeviceWait, 0),
 		"multi_attach":   oneOf(p, "multi_attach", &c.MultiAttach, string(MultiAttachRefuse), string(MultiAttachAllow)),
+
+		"stripe_instance_store": oneOf(p, "stripe_instance_store", &c.Stripe, string(On), string(Off)),
 	})
 }
 

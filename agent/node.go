@@ -79,12 +79,14 @@ type Node struct {
 	// is called by several goroutines, and must not wait.
 	Progress func(text string)
 
-	cfg    Config
-	log    *zap.Logger
-	cloud  cloud
-	disks  disks
-	maps   mapper
-	mounts func(context.Context) (mounter, error)
+	cfg   Config
+	log   *zap.Logger
+	cloud cloud
+	disks disks
+	maps  mapper
+	// stripes makes and assembles arrays.
+	stripes stripes
+	mounts  func(context.Context) (mounter, error)
 	// service is what systemd knows of the agent's service.
 	service  func(context.Context) (systemd.UnitFacts, error)
 	lockWait time.Duration
@@ -112,10 +114,11 @@ type Program struct {
 func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 	spans := &spans{now: time.Now}
 	n := &Node{
-		cfg:    cfg,
-		log:    log,
-		maps:   kernelMapper{},
-		mounts: func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
+		cfg:     cfg,
+		log:     log,
+		maps:    kernelMapper{},
+		stripes: machineStripes{},
+		mounts:  func(ctx context.Context) (mounter, error) { return systemd.Connect(ctx) },
 		service: func(ctx context.Context) (systemd.UnitFacts, error) {
 			facts, err := systemd.Look(ctx)
 			return facts.Service, err

@@ -40,6 +40,7 @@ const (
 	Format  Verb = "format"  // make it a LUKS volume with a filesystem, and mount it
 	Unlock  Verb = "unlock"  // open it with the key of its record, and mount it
 	Adopt   Verb = "adopt"   // open it with the key of its token, write the record, and mount it
+	Stripe  Verb = "stripe"  // make it part of a stripe, which is to be formatted then; a run does not do that
 	Mount   Verb = "mount"   // it is open already: mount it
 	Nothing Verb = "nothing" // it is open and mounted
 	Leave   Verb = "leave"   // none of ours
@@ -98,7 +99,7 @@ type Plan struct {
 // Changes says whether carrying out the plan would change anything.
 func (p Plan) Changes() bool {
 	return len(p.QuarantineVolumes)+len(p.QuarantineKeys) > 0 ||
-		slices.ContainsFunc(p.Actions, func(a Action) bool { return a.Verb.acts() })
+		slices.ContainsFunc(p.Actions, func(a Action) bool { return a.Verb.acts() || a.Verb == Stripe })
 }
 
 // Unrelated says that the device is none that anybody would expect the agent to
@@ -124,6 +125,7 @@ func Decide(f Facts) Plan {
 	}
 	d.refuseTwins()
 	d.refuseDoubles()
+	d.stripe()
 	d.missing()
 	d.replaceLost()
 	d.assignMountPoints()
@@ -207,6 +209,10 @@ func (d *decision) device(dev DeviceFacts) Action {
 	}
 	if d.policy(dev.Device) == PolicyIgnore {
 		return leave("the configuration says %s: ignore", policyField(dev.Class))
+	}
+	if _, ok := d.assembled(dev.Member.Stripe); ok {
+		a.Volume = keycache.VolumeRecord{} // what was on the disk went before it became part of the stripe
+		return leave("part of the stripe %s (%s)", dev.Member.Stripe, dev.Member.Array)
 	}
 	if m, ok := ourMapping(dev.Device, rec); ok && recorded {
 		return d.mapped(a, m)
@@ -443,6 +449,9 @@ func (d *decision) unknown(a Action) Action {
 	switch {
 	case c == nil:
 		a.Verb, a.Refusal, a.Reason = Refuse, RefusedDevice, "its content was not read"
+	case !c.Blank && a.Device.Member.Stripe != "":
+		a.Verb, a.Refusal, a.Missing = Refuse, RefusedDevice, true
+		a.Reason = "part of a stripe that is not assembled: " + d.describeStripe(a.Device.Member.Stripe)
 	case !c.Blank:
 		a.Verb, a.Refusal, a.Reason = Refuse, RefusedContent, "no record, and not blank: "+c.Detail
 	case policy != PolicyFormat:
@@ -468,6 +477,10 @@ func (d *decision) format(a Action, why string) Action {
 			a.Reason = fmt.Sprintf("%s, but volume %s is recorded %s on the same disk", why, id, rec.State)
 			return a
 		}
+	}
+	if s := d.Records.Stripe; s != nil && len(a.Device.Members) > 0 && s.UUID == a.Device.Identity {
+		a.Verb, a.Refusal, a.Reason = Refuse, RefusedRecord, why+", but the stripe is recorded as being made"
+		return a
 	}
 	v := &a.Volume
 	if v.Filesystem == "" {
@@ -590,8 +603,11 @@ func (d *decision) missing() {
 				Verb: Refuse, Refusal: RefusedDevice, Missing: true, Volume: rec,
 				Reason: fmt.Sprintf("volume %s (%s %s) is recorded ready, but no disk shows it", rec.UUID, rec.Class, rec.Identity),
 			})
+			a := &d.plan.Actions[len(d.plan.Actions)-1]
 			if m, ok := stillOpen(d.Gone, rec); ok {
-				d.plan.Actions[len(d.plan.Actions)-1].Reason += ": " + describeGone(m)
+				a.Reason += ": " + describeGone(m)
+			} else if d.showsMember(rec.Identity) {
+				a.Reason += ": its stripe is not assembled, " + d.describeStripe(rec.Identity)
 			}
 		}
 	}
@@ -603,7 +619,7 @@ func (d *decision) replaceLost() {
 	var lost []int
 	for i, a := range d.plan.Actions {
 		_, open := stillOpen(d.Gone, a.Volume)
-		if a.Device.Path == "" && a.Volume.UUID != "" && a.Volume.Class == string(volumes.ClassInstanceStore) && !open {
+		if a.Device.Path == "" && a.Volume.UUID != "" && a.Volume.Class == string(volumes.ClassInstanceStore) && !open && !d.showsMember(a.Volume.Identity) {
 			lost = append(lost, i)
 		}
 	}
@@ -620,11 +636,17 @@ func (d *decision) replaceLost() {
 		next := max(0, slices.IndexFunc(lost, func(i int) bool {
 			return (d.plan.Actions[i].Volume.Filesystem == swapType) == (a.Volume.Filesystem == swapType)
 		}))
-		old := d.plan.Actions[lost[next]].Volume
-		a.Replaces, a.Volume.MountPoint = []string{old.UUID}, old.MountPoint
-		a.Reason += fmt.Sprintf("; it takes the place of %s, which went with a stop of the instance", old.UUID)
-		gone[lost[next]] = true
-		lost = slices.Delete(lost, next, next+1)
+		a.Volume.MountPoint = d.plan.Actions[lost[next]].Volume.MountPoint
+		taken := []int{lost[next]}
+		if len(a.Device.Members) > 0 {
+			taken = slices.Clone(lost) // it is all the disks that there are
+		}
+		for _, i := range taken {
+			a.Replaces = append(a.Replaces, d.plan.Actions[i].Volume.UUID)
+			gone[i] = true
+		}
+		a.Reason += fmt.Sprintf("; it takes the place of %s, which went with a stop of the instance", strings.Join(a.Replaces, ", "))
+		lost = slices.DeleteFunc(lost, func(i int) bool { return gone[i] })
 	}
 	kept := d.plan.Actions[:0]
 	for i, a := range d.plan.Actions {

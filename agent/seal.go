@@ -266,9 +266,12 @@ func (s *Seal) addLeftovers(store *keycache.Store, stateDir string) (err error) 
 	}
 	for _, file := range s.removal.Leftovers {
 		why := "archived"
-		if strings.HasPrefix(file, "backups/") {
+		switch {
+		case strings.HasPrefix(file, "backups/"):
 			why = "note of a header backup"
-		} else {
+		case !strings.Contains(file, "/"):
+			why = "a stripe of this node that was not finished"
+		default:
 			s.mustSave = true
 		}
 		s.Acts = append(s.Acts, SealAct{Verb: SealRemove, Path: filepath.Join(stateDir, file), Why: why})

@@ -53,6 +53,10 @@ const (
 	stepBlank        step = "the wiped disk is blank"
 	stepWipeArchived step = "the record of a wiped volume is archived"
 
+	stepStripeIntent  step = "the intent to make a stripe is durable"
+	stepStripeMade    step = "the stripe is made"
+	stepMemberCleared step = "a disk of a stripe that was cut is blank"
+
 	stepSealRemoved     step = "the records without an attached volume are removed"
 	stepSealQuarantined step = "the records of attached volumes are moved aside"
 	stepSealCleared     step = "a trace of this node is removed"

@@ -125,12 +125,12 @@ func (r *VolumeRecord) version() int {
 	return RecordVersion
 }
 
-// RecordError is a file in keys/ or volumes/ that cannot be trusted. The file
-// is left as it is.
+// RecordError is a file in keys/ or volumes/, or stripe.json, that cannot be trusted. The
+// file is left as it is.
 type RecordError struct {
 	Path string // of the file
 	ID   string // the UUID that the file's name gives, "" if it gives none
-	Kind string // "key" or "volume"
+	Kind string // "key", "volume" or "stripe"
 	Err  error
 }
 
@@ -147,6 +147,7 @@ func (e *RecordError) Unwrap() error { return e.Err }
 type Records struct {
 	Keys     map[string]KeyRecord    // by ID
 	Volumes  map[string]VolumeRecord // by UUID
+	Stripe   *StripeRecord           // of a stripe that is not whole; nil: of none
 	Problems []RecordError           // in order of path; empty if every file was understood
 }
 

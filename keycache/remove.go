@@ -33,7 +33,7 @@ func (r Removal) Files() []string {
 	return files
 }
 
-// Leftovers returns the archived records and the notes of header backups, as paths below the store, in order. It is a
+// Leftovers returns the archived records, the notes of header backups and the intent to make a stripe, as paths below the store, in order. It is a
 // *StoreError if something else than files and folders is there.
 func (s *Store) Leftovers() ([]string, error) {
 	var files []string
@@ -56,6 +56,9 @@ func (s *Store) Leftovers() ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
+	}
+	if _, err := os.Lstat(filepath.Join(s.dir, stripeFile)); err == nil {
+		files = append(files, stripeFile)
 	}
 	return files, nil
 }

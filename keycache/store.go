@@ -309,6 +309,7 @@ func (s *Store) Load() (Records, error) {
 	if err != nil {
 		return Records{}, err
 	}
+	s.loadStripe(&r)
 	return r, nil
 }
 

@@ -49,7 +49,7 @@ type Mapping struct {
 // SwapPoint stands where a mount point would for active swap, as in lsblk's output.
 const SwapPoint = "[SWAP]"
 
-// Device is a whole disk, or a loop device that the configuration names.
+// Device is a whole disk, a stripe of ours over some, or a loop device that the configuration names.
 type Device struct {
 	Name, Path        string // "nvme1n1", "/dev/nvme1n1"
 	Major, Minor      uint32
@@ -62,7 +62,7 @@ type Device struct {
 
 	Class Class
 	// Identity names the volume across boots, as far as anything does: the volume id (vol-…) of
-	// EBS, the serial of NVMe instance store, the block device mapping's name on Xen, and for explicit
+	// EBS, the serial of NVMe instance store, the block device mapping's name on Xen, the UUID of a stripe, and for explicit
 	// devices the serial or, without one, the configured name.
 	Identity string
 	// EC2Name is the block device mapping's name ("sdf") that the NVMe controller tells, or "".
@@ -75,6 +75,9 @@ type Device struct {
 	Links []string // links in /dev and /dev/disk/by-* that resolve to it
 	// Unannounced says that udev was not done with it, so that there may be links that are not in Links.
 	Unannounced bool
+
+	Member  Member   // of an instance-store disk: the stripe that it is part of
+	Members []string // of a stripe: the kernel names of its disks
 
 	Uses     []Use // everything found; none means free
 	Mappings []Mapping
@@ -118,8 +121,8 @@ type Scanner struct {
 // Scan lists the disks with everything that uses them. It reads only. Any failure that could hide
 // a use of a disk is returned as an error: then nothing is known to be free.
 //
-// Left out: hidden NVMe path nodes, loop and nbd devices unless named, zram, ram, device-mapper, md, CD
-// and floppy devices, and whatever has no size.
+// Left out: hidden NVMe path nodes, loop and nbd devices unless named, zram, ram, device-mapper, md but for stripes of
+// ours, CD and floppy devices, and whatever has no size.
 func (s Scanner) Scan(ctx context.Context) (Scan, error) {
 	root := filepath.Clean("/" + s.Root)
 	if root == "/" {
@@ -149,6 +152,9 @@ func (s Scanner) Scan(ctx context.Context) (Scan, error) {
 		if err != nil {
 			return Scan{}, fmt.Errorf("cannot scan block devices: %w", err)
 		}
+	}
+	if scan.Devices, err = t.stripes(scan.Devices); err != nil {
+		return Scan{}, fmt.Errorf("cannot scan block devices: %w", err)
 	}
 	if scan.Missing, err = t.name(scan.Devices, s.Named); err != nil {
 		return Scan{}, fmt.Errorf("cannot scan block devices: %w", err)

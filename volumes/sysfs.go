@@ -219,7 +219,7 @@ func (t *table) readAbove() error {
 			}
 		}
 		n.slaves = slices.DeleteFunc(n.slaves, func(under string) bool {
-			gone := n.dm && t.nodes[under] == nil && dangling(n.dir+"/slaves/"+under)
+			gone := (n.dm || n.isArray()) && t.nodes[under] == nil && dangling(n.dir+"/slaves/"+under)
 			n.gone = n.gone || gone
 			return gone
 		})
@@ -233,10 +233,18 @@ func (t *table) readAbove() error {
 	for _, names := range t.above {
 		slices.SortFunc(names, naturalCompare)
 	}
+	// What is on a stripe is gone with one of its disks.
+	for _, n := range t.nodes {
+		for _, above := range t.above[n.name] {
+			if up := t.nodes[above]; n.isArray() && n.gone && up != nil && up.dm {
+				up.gone = true
+			}
+		}
+	}
 	return nil
 }
 
-// dangling says whether a link leads nowhere. device-mapper keeps a disk open that was taken away, and the link to it: the
+// dangling says whether a link leads nowhere. device-mapper and md keep a disk open that was taken away, and the link to it: the
 // kernel gives neither its name nor its number to another disk before the mapping is removed.
 func dangling(link string) bool {
 	info, err := os.Lstat(link)
@@ -411,7 +419,7 @@ func (n *node) whyNotListed() string {
 		return "is a partition of " + n.parent + ", not a whole disk"
 	case n.dm:
 		return "is a device-mapper device (" + n.dmName + "), not a disk"
-	case n.hasPrefix("md") || strings.HasPrefix(n.name, "md_"):
+	case n.isArray():
 		return "is an md array, not a disk"
 	case n.hasPrefix("zram", "ram"):
 		return "is a memory device, not a disk"

@@ -63,6 +63,7 @@ func newRoot(p *progress) *cobra.Command {
 	flags.BoolVarP(&opts.verbose, "verbose", "v", false, "log each step, as --log-level info")
 	root.AddCommand(
 		newRun(opts),
+		newStripe(opts),
 		newPreflight(opts),
 		newPlan(opts),
 		newStatus(opts),

@@ -14,7 +14,7 @@ suite=bookworm
 
 # strace, procps: the stories look at processes. rpm: one installs our package with it. gdisk etc. are not needed: sfdisk of the host partitions the disk.
 packages='systemd systemd-sysv udev dbus kmod linux-image-cloud-amd64 cryptsetup-bin dmsetup e2fsprogs xfsprogs
-iproute2 strace procps rpm '"$more"
+mdadm iproute2 strace procps rpm '"$more"
 
 work=$(mktemp -d "$out/build.XXXXXX")
 trap 'rm -rf "$work"' EXIT
@@ -37,6 +37,7 @@ fi
 # Nothing but the story should run, and nothing should run in the middle of it.
 for unit in serial-getty@ttyS0.service getty@tty1.service getty.target \
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
+    mdcheck_start.timer mdcheck_continue.timer mdmonitor.service mdmonitor-oneshot.timer \
     fstrim.timer systemd-tmpfiles-clean.timer systemd-timesyncd.service systemd-pstore.service \
     systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-user-sessions.service \
     systemd-logind.service user.slice console-getty.service systemd-resolved.service \

@@ -1,0 +1,156 @@
+//go:build vm
+
+package vm_test
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
+)
+
+const stripeUnit = "luks-kms-agent-stripe.service"
+
+// wantStripe wants /mnt to be a volume of ours on a stripe of exactly those disks.
+func wantStripe(t *testing.T, n *harness.Node, when string, serials ...string) {
+	t.Helper()
+	list := n.Sh("lsblk -snro TYPE,SERIAL $(findmnt -no SOURCE /mnt)")
+	kinds, disks := map[string]int{}, 0
+	for line := range strings.Lines(list) {
+		kind, serial, _ := strings.Cut(strings.TrimSpace(line), " ")
+		kinds[kind]++
+		for _, s := range serials {
+			if serial == s {
+				disks++
+			}
+		}
+	}
+	if kinds["crypt"] != 1 || kinds["raid0"] != 1 || disks != len(serials) {
+		t.Errorf("%s: /mnt is on\n%s", when, list)
+	}
+	if unit := n.Unit(stripeUnit); unit["Result"] != "success" {
+		t.Errorf("%s: %s: %v\n%s", when, stripeUnit, unit, n.Sh("journalctl -b -o cat -u "+stripeUnit))
+	}
+	if failed := n.Sh("systemctl --failed --no-legend"); failed != "" {
+		t.Errorf("%s: failed: %s", when, failed)
+	}
+}
+
+// TestStripe: two instance-store volumes become one, by the sandboxed unit, which is formatted, opened at the next boots whoever assembles it, and
+// made anew of other disks after a stop. With a disk taken away it is told, and comes back.
+func TestStripe(t *testing.T) {
+	t.Parallel()
+	n := harness.NewNode(t, assets, "stripe_instance_store: on\ndevice_wait: 2s\n", ssd1, ssd2, ebs1)
+	n.Boot()
+	n.AwaitVolumes()
+	wantStripe(t, n, "first boot", ssd1.Serial, ssd2.Serial)
+	wantMounted(t, n, "/mnt", "/mnt1")
+	files := writeFiles(n, "/mnt", "/mnt1")
+	for _, disk := range []string{"ssd1", "ssd2"} {
+		if found := n.Find(disk, []byte(marker)); len(found) > 0 {
+			t.Errorf("%s shows %v", disk, found)
+		}
+	}
+	if s := n.Sh("luks-kms-agent plan"); !strings.Contains(s, "part of the stripe") {
+		t.Errorf("plan: %s", s)
+	}
+
+	n.Reboot()
+	n.AwaitVolumes()
+	wantStripe(t, n, "reboot", ssd1.Serial, ssd2.Serial)
+	wantFiles(t, n, files, "after a reboot", "/mnt", "/mnt1")
+	for _, command := range []string{"lock /mnt", "unlock /mnt", "verify"} {
+		if r := n.Agent(command); r.Code != 0 {
+			t.Errorf("%s: %s", command, r)
+		}
+	}
+
+	// Without mdadm's udev rules nobody but the agent assembles it.
+	n.Write("/etc/udev/rules.d/64-md-raid-assembly.rules", 0o644, "# none\n")
+	n.Reboot()
+	n.AwaitVolumes()
+	wantStripe(t, n, "reboot without udev's assembly", ssd1.Serial, ssd2.Serial)
+	wantFiles(t, n, files, "after the agent assembled the stripe", "/mnt", "/mnt1")
+	n.Sh("rm /etc/udev/rules.d/64-md-raid-assembly.rules; sync")
+
+	n.Detach("ssd2")
+	if r := n.Try("luks-kms-agent status"); !strings.Contains(r.Stdout, "its disk was taken away while it was mounted on /mnt") {
+		t.Errorf("status without a disk: %s", r)
+	}
+	n.PowerCut()
+	n.Boot()
+	n.AwaitVolumes()
+	wantStripe(t, n, "after the disk came back", ssd1.Serial, ssd2.Serial)
+	wantFiles(t, n, files, "after the disk came back", "/mnt", "/mnt1")
+
+	n.PowerOff()
+	n.Replace("ssd1", "AWS33333333333333333")
+	n.Replace("ssd2", "AWS44444444444444444")
+	n.Boot()
+	n.AwaitVolumes()
+	wantStripe(t, n, "stop and start", "AWS33333333333333333", "AWS44444444444444444")
+	wantMounted(t, n, "/mnt", "/mnt1")
+	if archived := n.Sh("ls /var/lib/luks-kms-agent/archive/volumes/*.json | grep -vc why"); strings.TrimSpace(archived) != "1" {
+		t.Errorf("%s archived volume records, want 1", archived)
+	}
+}
+
+// TestStripeCut: the power goes while a stripe is made, after the intent, in the middle of mdadm's work, and before the intent is taken away. Each
+// time the next boot has one stripe of both disks. A disk that shows part of a stripe that nobody has begun to make is left as it is.
+func TestStripeCut(t *testing.T) {
+	t.Parallel()
+	n := harness.NewNode(t, assets, "stripe_instance_store: on\ndevice_wait: 2s\n", ssd1, ssd2)
+	n.Provide("/etc/systemd/system/"+stripeUnit+".d/later.conf", 0o644, "[Unit]\nConditionPathExists=/stripe\n")
+	n.Boot()
+	n.AwaitAgent()
+	stop := func(step string) {
+		t.Helper()
+		n.Sh("touch /stripe; sync")
+		n.Write("/run/luks-kms-agent.hold", 0o600, step)
+		n.Sh("systemd-run --unit=cut " + harness.HoldingAgent + " stripe")
+		n.Await("the agent stands at "+step, time.Minute, func() bool { return n.Try("test -e /run/luks-kms-agent.held").Code == 0 })
+		n.PowerCut()
+	}
+	again := func(when string) {
+		t.Helper()
+		n.Boot()
+		n.AwaitVolumes()
+		wantStripe(t, n, when, ssd1.Serial, ssd2.Serial)
+		if left := n.Sh("ls /var/lib/luks-kms-agent/stripe.json 2>/dev/null || true"); left != "" {
+			t.Errorf("%s: the intent is left", when)
+		}
+	}
+	blank := func() {
+		t.Helper()
+		n.PowerOff()
+		n.Replace("ssd1", ssd1.Serial)
+		n.Replace("ssd2", ssd2.Serial)
+		n.Boot()
+		n.AwaitAgent()
+	}
+	stop("the intent to make a stripe is durable")
+	again("cut after the intent")
+
+	n.Sh("rm /stripe; sync")
+	blank()
+	stop("the stripe is made")
+	n.Fill("ssd2", 4096, make([]byte, 4096)) // as mdadm leaves it that has not come to the second disk
+	again("cut between the disks")
+
+	n.Sh("rm /stripe; sync")
+	blank()
+	stop("the stripe is made")
+	again("cut before the intent went")
+
+	// Without an intent nobody knows whether the other disk had data.
+	n.PowerOff()
+	n.Fill("ssd2", 4096, make([]byte, 4096))
+	before := n.Digests(0)
+	n.Boot()
+	n.AwaitAgent()
+	wantUntouched(t, n, before)
+	if out := n.Sh("luks-kms-agent plan"); !strings.Contains(out, "1 of the 2 disks of") {
+		t.Errorf("plan: %s", out)
+	}
+}

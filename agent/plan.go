@@ -478,8 +478,10 @@ func (d *decision) format(a Action, why string) Action {
 			return a
 		}
 	}
-	if s := d.Records.Stripe; s != nil && len(a.Device.Members) > 0 && s.UUID == a.Device.Identity {
-		a.Verb, a.Refusal, a.Reason = Refuse, RefusedRecord, why+", but the stripe is recorded as being made"
+	// The intent says that its disks may be cleared, so nothing is made on them.
+	if s := d.Records.Stripe; s != nil && a.Device.Class == volumes.ClassInstanceStore && slices.Contains(append(slices.Clone(s.Members), s.UUID), a.Device.Identity) {
+		a.Verb, a.Refusal = Refuse, RefusedRecord
+		a.Reason = fmt.Sprintf("%s, but stripe %s is recorded as being made", why, s.UUID)
 		return a
 	}
 	v := &a.Volume

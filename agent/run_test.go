@@ -46,8 +46,9 @@ type machine struct {
 	held    map[string]bool
 	// unannounced are disks, by name, that udev is not done with.
 	unannounced map[string]bool
-	inactive    bool   // the agent's service is
-	seq         uint64 // of the disk that was attached last
+	arrays      map[string]volumes.Device // stripes that run, by UUID
+	inactive    bool                      // the agent's service is
+	seq         uint64                    // of the disk that was attached last
 
 	mu         sync.Mutex
 	open       map[string]string // mapping name -> device path
@@ -70,7 +71,8 @@ func newMachine(t *testing.T) *machine {
 	m := &machine{
 		t: t, dir: t.TempDir(), kms: kmstest.NewKMS(t), imds: kmstest.NewIMDS(t),
 		open: map[string]string{}, unfinished: map[string]bool{}, gone: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{}, swaps: map[string]bool{},
-		fail: func(string, string) error { return nil },
+		arrays: map[string]volumes.Device{},
+		fail:   func(string, string) error { return nil },
 	}
 	m.cfg = defaultConfig("config.yaml")
 	m.cfg.KMSKey, m.cfg.KMSEndpoint, m.cfg.IMDSEndpoint = m.kms.ARN(), m.kms.URL(), m.imds.URL()
@@ -123,7 +125,7 @@ func (m *machine) node() *Node {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	n.disks, n.maps, n.statusPath = m, m, filepath.Join(m.dir, "run", "status.json")
+	n.disks, n.maps, n.stripes, n.statusPath = m, m, machineArrays{m}, filepath.Join(m.dir, "run", "status.json")
 	n.auditLog.journal = m.hear
 	n.service = func(context.Context) (systemd.UnitFacts, error) {
 		if m.inactive {
@@ -174,6 +176,7 @@ func (m *machine) reboot() {
 	clear(m.open)
 	clear(m.mounts)
 	clear(m.swaps)
+	clear(m.arrays)
 	if err := os.RemoveAll(filepath.Join(m.dir, "run", filepath.Base(DefaultDisksPath))); err != nil {
 		m.t.Fatal(err)
 	}
@@ -186,7 +189,7 @@ func (m *machine) Scan(context.Context, []string) (volumes.Scan, error) {
 	for name := range m.gone {
 		out.Gone = append(out.Gone, m.mapping(name))
 	}
-	for _, d := range m.devices {
+	for _, d := range m.disksAndArrays() {
 		d.Unannounced = m.unannounced[d.Name]
 		for name, path := range m.open {
 			if path != d.Path || m.gone[name] {

@@ -100,7 +100,7 @@ func (n *Node) Stripe(ctx context.Context) (done []Striped, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if done, err = n.assemble(ctx, records.Stripe); err != nil || n.cfg.Stripe != On {
+	if done, err = n.assemble(ctx, records.Stripe); err != nil || n.cfg.Stripe != On && records.Stripe == nil {
 		return done, err
 	}
 	facts, err := n.observe(ctx, store, nil)

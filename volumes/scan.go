@@ -163,7 +163,7 @@ func (s Scanner) Scan(ctx context.Context) (Scan, error) {
 		return d.Named == "" && onlyNamed(d.Name)
 	})
 	for _, n := range t.sorted() {
-		if n.gone {
+		if n.gone && n.dm {
 			scan.Gone = append(scan.Gone, t.mapping(n))
 		}
 	}

@@ -324,9 +324,9 @@ func TestUnreadableIsAnError(t *testing.T) {
 		{"holders unreadable", func(tr *tree) { tr.remove(disksDir + "sdb/holders") }, "cannot read what is built on sdb"},
 		{"partition's holders unreadable", func(tr *tree) { tr.remove(disksDir + "nvme0n1/nvme0n1p1/holders") }, "cannot read what is built on nvme0n1p1"},
 		{"write protection unreadable", func(tr *tree) { tr.remove(disksDir + "sdb/ro") }, "write protection of sdb"},
-		{"slave that does not exist", func(tr *tree) {
+		{"slave that was not seen", func(tr *tree) {
 			tr.disk("md0", "9:0")
-			tr.link(disksDir+"md0/slaves/sdz", "x")
+			tr.link(disksDir+"md0/slaves/sdz", "../../nvme0n1")
 		}, "cannot find sdz, which md0 is built on"},
 		{"partition of a disk that does not exist", func(tr *tree) { tr.remove("sys/class/block/nvme0n1") }, "cannot find the disk nvme0n1 of partition nvme0n1p1"},
 		{"mapping's name unreadable", func(tr *tree) {

@@ -218,7 +218,7 @@ func (a *applier) do(ctx context.Context, act *Action) (err error) {
 		}
 		return a.mount(ctx, *act, act.OpenAs)
 	case Stripe:
-		return &RefusedError{Refusal: RefusedDevice, Device: act.Device.Path, Reason: "the stripe that it is to be part of is not made"}
+		return &RefusedError{Refusal: RefusedStripe, Device: act.Device.Path, Reason: "the stripe that it is to be part of is not made"}
 	case Refuse:
 		return &RefusedError{Refusal: act.Refusal, Device: act.Device.Path, Reason: act.Reason}
 	}

@@ -60,6 +60,7 @@ const (
 	RefusedInUse   Refusal = "in use"  // open, mounted or held, where it must not be
 	RefusedBackup  Refusal = "backup"  // a header backup that is not this disk's
 	RefusedWiping  Refusal = "wiping"  // a wipe was begun and has to be finished
+	RefusedStripe  Refusal = "stripe"  // a stripe is not made, not assembled or not whole
 )
 
 // Action is what is to be done with one device, and why.
@@ -450,7 +451,7 @@ func (d *decision) unknown(a Action) Action {
 	case c == nil:
 		a.Verb, a.Refusal, a.Reason = Refuse, RefusedDevice, "its content was not read"
 	case !c.Blank && a.Device.Member.Stripe != "":
-		a.Verb, a.Refusal, a.Missing = Refuse, RefusedDevice, true
+		a.Verb, a.Refusal, a.Missing = Refuse, RefusedStripe, true
 		a.Reason = "part of a stripe that is not assembled: " + d.describeStripe(a.Device.Member.Stripe)
 	case !c.Blank:
 		a.Verb, a.Refusal, a.Reason = Refuse, RefusedContent, "no record, and not blank: "+c.Detail
@@ -480,7 +481,7 @@ func (d *decision) format(a Action, why string) Action {
 	}
 	// The intent says that its disks may be cleared, so nothing is made on them.
 	if s := d.Records.Stripe; s != nil && a.Device.Class == volumes.ClassInstanceStore && slices.Contains(append(slices.Clone(s.Members), s.UUID), a.Device.Identity) {
-		a.Verb, a.Refusal = Refuse, RefusedRecord
+		a.Verb, a.Refusal = Refuse, RefusedStripe
 		a.Reason = fmt.Sprintf("%s, but stripe %s is recorded as being made", why, s.UUID)
 		return a
 	}
@@ -609,6 +610,7 @@ func (d *decision) missing() {
 			if m, ok := stillOpen(d.Gone, rec); ok {
 				a.Reason += ": " + describeGone(m)
 			} else if d.showsMember(rec.Identity) {
+				a.Refusal = RefusedStripe
 				a.Reason += ": its stripe is not assembled, " + d.describeStripe(rec.Identity)
 			}
 		}

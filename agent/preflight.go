@@ -365,7 +365,14 @@ func (p *Preflight) filesystem(context.Context) (string, error) {
 			return "", err
 		}
 	}
-	return "mkfs." + strings.Join(wanted, ", mkfs."), nil
+	found := "mkfs." + strings.Join(wanted, ", mkfs.")
+	if p.node.cfg.Stripe == On {
+		if err := p.node.stripes.Ready(); err != nil {
+			return "", err
+		}
+		found += ", mdadm"
+	}
+	return found, nil
 }
 
 func (p *Preflight) stateDir(ctx context.Context) (string, error) {

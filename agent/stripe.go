@@ -88,9 +88,12 @@ type Striped struct {
 // if it says so. The stripe is then a disk as any other: a run formats or opens it. Disks of a stripe that are missing are waited for, up to
 // DeviceWait.
 //
-// It never writes to a disk that is not proven blank; what an earlier call left that was cut is cleared only from the disks that its intent names, and
+// Where instance store is to be ignored it does nothing. It never writes to a disk that is not proven blank; what an earlier call left that was cut is cleared only from the disks that its intent names, and
 // only while one of them shows nothing of the stripe, so that nobody can have used it.
 func (n *Node) Stripe(ctx context.Context) (done []Striped, err error) {
+	if n.cfg.InstanceStore == PolicyIgnore {
+		return nil, nil
+	}
 	store, release, err := n.lockRecords(ctx)
 	if err != nil {
 		return nil, err
@@ -146,7 +149,7 @@ func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done [
 				continue
 			}
 			if len(members) < members[0].Member.Disks {
-				missing = errors.Join(missing, &RefusedError{Refusal: RefusedDevice, Device: members[0].Path, Reason: "its stripe cannot be assembled: " + describeMembers(id, members)})
+				missing = errors.Join(missing, &RefusedError{Refusal: RefusedStripe, Device: members[0].Path, Reason: "its stripe cannot be assembled: " + describeMembers(id, members)})
 				continue
 			}
 			n.tell("Assembling stripe " + id)
@@ -174,7 +177,7 @@ func (n *Node) settleIntent(ctx context.Context, store *keycache.Store, f Facts)
 		return store.RemoveStripe()
 	}
 	refuse := func(d DeviceFacts, format string, args ...any) error {
-		return &RefusedError{Refusal: RefusedContent, Device: d.Path,
+		return &RefusedError{Refusal: RefusedStripe, Device: d.Path,
 			Reason: fmt.Sprintf("the making of stripe %s was cut, and ", intent.UUID) + fmt.Sprintf(format, args...)}
 	}
 	var there, begun []DeviceFacts

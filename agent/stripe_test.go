@@ -322,6 +322,24 @@ func TestStripeWithoutADisk(t *testing.T) {
 	m.runOK()
 }
 
+// What the configuration has the agent leave alone is not assembled either.
+func TestStripeThatIsLeftAlone(t *testing.T) {
+	m, _ := striped(t)
+	m.stripe()
+	m.reboot()
+	for what, change := range map[string]func(*Config){
+		"ignored":  func(c *Config) { c.InstanceStore = PolicyIgnore },
+		"excluded": func(c *Config) { c.Exclude = []string{"ssd2"} },
+	} {
+		cfg := m.cfg
+		change(&m.cfg)
+		if done := m.stripe(); len(done) > 0 || len(m.arrays) > 0 {
+			t.Errorf("%s: %+v", what, done)
+		}
+		m.cfg = cfg
+	}
+}
+
 // A disk that has something on it when its turn comes is not made part of a stripe, and neither are the others.
 func TestStripeOfDisksThatChanged(t *testing.T) {
 	m, disks := striped(t)

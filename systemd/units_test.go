@@ -57,8 +57,8 @@ func newBoot(t *testing.T, packages string, network ...string) *boot {
 			b.enable(u)
 		}
 	}
-	for _, u := range []string{"luks-kms-agent.service", "luks-kms-agent.target"} {
-		b.write(u, strings.ReplaceAll(read(t, u), "/usr/bin/luks-kms-agent run", "/bin/true"))
+	for _, u := range []string{"luks-kms-agent.service", "luks-kms-agent.target", stripeUnit} {
+		b.write(u, strings.NewReplacer("/usr/bin/luks-kms-agent run", "/bin/true", "/usr/bin/luks-kms-agent stripe", "/bin/true").Replace(read(t, u)))
 	}
 	b.enable("luks-kms-agent.service")
 	return b

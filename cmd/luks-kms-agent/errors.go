@@ -116,7 +116,7 @@ func exitCode(err error) int {
 		switch refused.Refusal {
 		case agent.RefusedHeader:
 			return exitHeader
-		case agent.RefusedDevice:
+		case agent.RefusedDevice, agent.RefusedStripe:
 			return exitDevice
 		}
 		return exitRefused
@@ -226,7 +226,7 @@ func hint(err error) string {
 	case errors.Is(err, luks.ErrNoDMCrypt):
 		return "Load the kernel module dm_crypt (`modprobe dm_crypt`) or use a kernel that has it. No volume was touched."
 	case errors.Is(err, volumes.ErrNoProgram):
-		return "Install the package that has the program (util-linux, xfsprogs or e2fsprogs), or choose the other filesystem. No volume was touched."
+		return "Install the package that has the program (util-linux, xfsprogs, e2fsprogs or, for stripes, mdadm), or choose the other filesystem. No volume was touched."
 	case errors.Is(err, systemd.ErrNoSystemd):
 		return "Mounts are made by systemd: run the agent on a machine that systemd has booted."
 	case errors.As(err, &header):
@@ -273,6 +273,8 @@ func refusedHint(e *agent.RefusedError) string {
 		return "Run `luks-kms-agent wipe` for the volume again: it goes on where it was cut. Until then nothing touches the disk."
 	case agent.RefusedShared:
 		return "Add it to `exclude:`; or, if no other instance ever has it attached, set `multi_attach: allow`. Nothing was written to it."
+	case agent.RefusedStripe:
+		return "Run `luks-kms-agent stripe`, which makes and assembles stripes; at boot luks-kms-agent-stripe.service does, and its journal says why it did not. See docs/stripe.md."
 	case agent.RefusedDevice:
 		return "Attach the disk (a larger or writable one, if that is what it says), or take it out of the configuration; `luks-kms-agent plan` shows what is there."
 	}

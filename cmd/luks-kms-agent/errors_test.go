@@ -67,6 +67,7 @@ func TestExitCodesAndRemedies(t *testing.T) {
 		{kms(keycache.ReasonClock), 5, false},
 		{fmt.Errorf("x: %w", keycache.ErrLocked), 5, false},
 		{refused(agent.RefusedDevice), 6, false},
+		{refused(agent.RefusedStripe), 6, false},
 		{store(syscall.ENOSPC), 6, false},
 		{store(syscall.EROFS), 6, false},
 		{store(syscall.ENOTDIR), 6, false},
@@ -124,7 +125,7 @@ func TestMostUrgentCodeWins(t *testing.T) {
 func TestOnlyForeignContentMayBeWiped(t *testing.T) {
 	for _, err := range []error{
 		&agent.RefusedError{Refusal: agent.RefusedHeader}, &agent.RefusedError{Refusal: agent.RefusedRecord},
-		&agent.RefusedError{Refusal: agent.RefusedShared}, &agent.RefusedError{Refusal: agent.RefusedDevice},
+		&agent.RefusedError{Refusal: agent.RefusedShared}, &agent.RefusedError{Refusal: agent.RefusedDevice}, &agent.RefusedError{Refusal: agent.RefusedStripe},
 		&luks.HeaderError{}, luks.ErrWrongKey, &keycache.RecordError{Err: errors.New("x")},
 	} {
 		if h := hint(err); strings.Contains(h, "wipefs") || strings.Contains(h, "zero") {

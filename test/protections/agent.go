@@ -5,7 +5,7 @@ func inAgent() []protection {
 	const preflight = "agent/preflight.go"
 	const plan, apply, observe, run, node, recovery = "agent/plan.go", "agent/apply.go", "agent/observe.go", "agent/run.go", "agent/node.go", "agent/recovery.go"
 	row := func(name string) string { return "./agent TestDecisionTable/" + name }
-	const attach = "agent/attach.go"
+	const attach, stripe = "agent/attach.go", "agent/stripe.go"
 	return []protection{
 		// A disk that comes while the node runs.
 		{"nothing happens to an attached disk while the service is not active",
@@ -25,7 +25,23 @@ func inAgent() []protection {
 		{"a volume whose old mapping is still there is not used beside it",
 			[]edit{{plan, `if m, ok := stillOpen(d.Gone, rec); ok && recorded {`, `if m, ok := stillOpen(d.Gone, rec); ok && false {`}}, "./agent TestDiskTakenAwayWhileMounted"},
 		{"the place of instance store that is still mounted is not given away",
-			[]edit{{plan, `string(volumes.ClassInstanceStore) && !open {`, `string(volumes.ClassInstanceStore) && !(open && false) {`}}, "./agent TestMountedInstanceStoreIsNotReplaced"},
+			[]edit{{plan, `string(volumes.ClassInstanceStore) && !open &&`, `string(volumes.ClassInstanceStore) && !(open && false) &&`}}, "./agent TestMountedInstanceStoreIsNotReplaced"},
+
+		// A stripe.
+		{"a disk that changed since the plan is not made part of a stripe",
+			[]edit{{stripe, `if content == nil || !content.Blank {`, `if content == nil {`}}, "./agent TestStripeOfDisksThatChanged"},
+		{"no disk is written before the intent to make a stripe is durable",
+			[]edit{{stripe, `if err := store.PutStripe(intent); err != nil {`, `if err := error(nil); err != nil {`}}, "./agent TestCutStripe"},
+		{"half a stripe is not cleared while a disk of it is away",
+			[]edit{{stripe, `case len(there) < len(intent.Members):`, `case false:`}}, "./agent TestCutStripeIsClearedOnlyWhereItWasBegun"},
+		{"half a stripe is not cleared beside a disk that holds something",
+			[]edit{{stripe, `case d.Content == nil || !d.Content.Blank:`, `case false:`}}, "./agent TestCutStripeIsClearedOnlyWhereItWasBegun"},
+		{"a stripe is not formatted while its disks may still be cleared",
+			[]edit{{plan, `slices.Contains(append(slices.Clone(s.Members), s.UUID), a.Device.Identity) {`, `false {`}}, "./agent TestStripeIsFormattedOnlyWhenItIsWhole"},
+		{"the place of a stripe that lacks a disk is not given away",
+			[]edit{{plan, `!open && !d.showsMember(a.Volume.Identity) {`, `!open {`}}, "./agent TestStripeWithoutADisk"},
+		{"what is excluded is not assembled",
+			[]edit{{stripe, ` || slices.ContainsFunc(members, n.isExcluded) {`, ` {`}}, "./agent TestStripeThatIsLeftAlone"},
 
 		// The plan.
 		{"a disk that holds the system or anything else in use is left alone",

@@ -47,7 +47,7 @@ func inCommands() []protection {
 			{errs, "case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):\n\t\treturn exitRefused", "case errors.As(err, &record), errors.Is(err, volumes.ErrNotEmpty), errors.Is(err, agent.ErrRotating):\n\t\treturn exitOK"},
 		}, codes},
 		{"a missing disk is told (6)", []edit{
-			{errs, "case agent.RefusedDevice:\n\t\t\treturn exitDevice\n", ""},
+			{errs, "case agent.RefusedDevice, agent.RefusedStripe:\n\t\t\treturn exitDevice\n", ""},
 		}, codes},
 		{"a failure of a device, a mount or the store is told (6)", []edit{
 			{errs, "return exitDevice\n\t}\n\treturn exitInternal", "return exitOK\n\t}\n\treturn exitInternal"},

@@ -3,7 +3,28 @@ package main
 import "slices"
 
 func inVolumes() []protection {
-	return slices.Concat(inProbe(), inFilesystems(), inHold(), inScan(), inUses())
+	return slices.Concat(inProbe(), inFilesystems(), inHold(), inScan(), inUses(), inStripe())
+}
+
+// inStripe: which arrays are ours, and which disks may be cleared.
+func inStripe() []protection {
+	const file, none = "volumes/stripe.go", "./volumes TestArrayThatIsNoStripeOfOurs/"
+	return []protection{
+		one("an array with another disk in it is not ours",
+			file, `len(members) != len(n.slaves) ||`, ``, none+"an EBS volume in it"),
+		one("an array that lacks a disk is not ours",
+			file, `len(members) != members[0].Member.Disks ||`, ``, none+"not all of its disks"),
+		one("an array of disks of two stripes is not ours",
+			file, `slices.ContainsFunc(members, func(d Device) bool { return d.Member != members[0].Member }) {`, `false {`, none+"a disk of another stripe in it"),
+		one("an array of another level is not ours",
+			file, `level != "raid0" ||`, `level == "" ||`, none+"another level"),
+		one("an array that does not run is not ours",
+			file, `n.size == 0 ||`, ``, none+"it does not run"),
+		one("somebody else's array is not ours",
+			file, `plain != stripeName ||`, `plain == "" ||`, "./volumes TestParseMember"),
+		one("only a disk of the stripe that was cut is cleared",
+			file, `now.Stripe != id {`, `false {`, "./volumes TestClearMember"),
+	}
 }
 
 // inProbe: the proof that a disk is blank.
@@ -142,7 +163,7 @@ func inScan() []protection {
 		one("a mapping is no disk",
 			sysfs, `case n.dm:`, `case false:`, listed),
 		one("an md array is no disk",
-			sysfs, `case n.hasPrefix("md") || strings.HasPrefix(n.name, "md_"):`, `case false:`, listed),
+			sysfs, `case n.isArray():`, `case false:`, listed),
 		one("memory is no disk",
 			sysfs, `case n.hasPrefix("zram", "ram"):`, `case false:`, listed),
 		one("a CD or floppy drive is no disk",

@@ -100,6 +100,12 @@ func TestKeepCompat(t *testing.T) {
 				}
 				return m, compatNode{}
 			},
+			"swap": func(t *testing.T, m *machine) (*machine, compatNode) {
+				swap := m.disk(volumes.ClassInstanceStore, "AWS-swap")
+				m.cfg.Volumes = []VolumeConfig{{Name: swap.Path, Filesystem: swapType}}
+				m.runOK()
+				return m, compatNode{}
+			},
 		} {
 			t.Run(variant, func(t *testing.T) {
 				m := newMachine(t)
@@ -109,7 +115,7 @@ func TestKeepCompat(t *testing.T) {
 			})
 		}
 	})
-	t.Run("open", func(t *testing.T) { openCompat(t, dir) })
+	t.Run("open", func(t *testing.T) { openCompat(t, dir, map[string]int{}) })
 }
 
 // keep writes a fixture. What no key slot uses of a header is noise of cryptsetup's, and zero here: it would be most of the file.
@@ -212,28 +218,28 @@ func TestCompat(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tried := 0
+	tried := map[string]int{}
 	for _, build := range builds {
 		if build.IsDir() {
-			tried++
-			t.Run(build.Name(), func(t *testing.T) { openCompat(t, filepath.Join(compatDir, build.Name())) })
+			t.Run(build.Name(), func(t *testing.T) { openCompat(t, filepath.Join(compatDir, build.Name()), tried) })
 		}
 	}
-	if tried == 0 {
-		t.Error("there is no fixture")
+	if len(tried) != 4 {
+		t.Errorf("no fixture for some way to open a volume: %v", tried)
 	}
 }
 
-// openCompat opens the volumes of all fixtures in a directory in each way in which they may be opened.
-func openCompat(t *testing.T, dir string) {
+// openCompat opens the volumes of all fixtures in a directory in each way in which they may be opened, and counts the ways.
+func openCompat(t *testing.T, dir string, tried map[string]int) {
 	variants, err := filepath.Glob(filepath.Join(dir, "*", "node.json"))
 	if err != nil || len(variants) == 0 {
 		t.Fatalf("no fixture in %s (%v)", dir, err)
 	}
 	for _, file := range variants {
 		from := filepath.Dir(file)
-		for how, open := range map[string]func(*testing.T, *machine, compatNode){
-			"by its records": func(t *testing.T, m *machine, node compatNode) {
+		node := readCompat(t, from)
+		ways := map[string]func(*testing.T, *machine){
+			"by its records": func(t *testing.T, m *machine) {
 				before := m.sums()
 				r := m.runOK()
 				for _, o := range r.Outcomes {
@@ -246,30 +252,29 @@ func openCompat(t *testing.T, dir string) {
 						t.Errorf("disk %d, %s, was written to, or not mended", i, d.Identity)
 					}
 				}
-				if problems := m.records().Problems; len(problems) > 0 || len(m.mounts) != len(node.Disks) {
-					t.Errorf("records: %v; mounts %v", problems, m.mounts)
+				if problems := m.records().Problems; len(problems) > 0 {
+					t.Errorf("records: %v", problems)
 				}
+				m.wantInUse(node)
 				if _, err := m.rotate(); err != nil { // or goes on with one that was cut
 					t.Errorf("rotate: %v", err)
 				}
 				m.reboot()
 				m.runOK()
+				m.wantInUse(node)
 			},
-			"by its token": func(t *testing.T, m *machine, node compatNode) {
+			"by its token": func(t *testing.T, m *machine) {
 				m.cfg.StateDir = filepath.Join(m.dir, "other state")
 				for _, o := range m.runOK().Outcomes {
 					if o.Action.Verb != Adopt {
 						t.Errorf("%s: %s, %s", o.Action.Device.Identity, o.Action.Verb, o.Action.Reason)
 					}
 				}
-				if len(m.mounts) != len(node.Disks) {
-					t.Errorf("mounts %v", m.mounts)
-				}
+				m.wantInUse(node)
 			},
-			"by its recovery key": func(t *testing.T, m *machine, node compatNode) {
-				if len(node.RecoveryKey) == 0 {
-					return
-				}
+		}
+		if len(node.RecoveryKey) > 0 {
+			ways["by its recovery key"] = func(t *testing.T, m *machine) {
 				text, err := m.kms.Unwrap(m.cfg.KMSKey, node.RecoveryKey)
 				if err != nil {
 					t.Fatal(err)
@@ -279,14 +284,12 @@ func openCompat(t *testing.T, dir string) {
 				if err != nil || done["vol-recovery"] != Unlock || asked() != 0 {
 					t.Errorf("%v, %v", done, err)
 				}
-			},
-			"by its header backup": func(t *testing.T, m *machine, _ compatNode) {
-				kept, err := os.ReadFile(filepath.Join(from, "backup.tar"))
-				if errors.Is(err, os.ErrNotExist) {
-					return
-				}
+			}
+		}
+		if kept, err := os.ReadFile(filepath.Join(from, "backup.tar")); err == nil {
+			ways["by its header backup"] = func(t *testing.T, m *machine) {
 				backup := filepath.Join(m.dir, "backup.tar") // what it replaces is saved beside it
-				if err := errors.Join(err, os.WriteFile(backup, kept, 0o600)); err != nil {
+				if err := os.WriteFile(backup, kept, 0o600); err != nil {
 					t.Fatal(err)
 				}
 				m.destroy(m.devices[0])
@@ -294,21 +297,27 @@ func openCompat(t *testing.T, dir string) {
 					t.Errorf("restore: %v", err)
 				}
 				m.runOK()
-			},
-		} {
-			t.Run(filepath.Base(from)+"/"+how, func(t *testing.T) {
-				m, node := compatMachine(t, from)
-				open(t, m, node)
-			})
+			}
+		} else if !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+		for how, open := range ways {
+			tried[how]++
+			t.Run(filepath.Base(from)+"/"+how, func(t *testing.T) { open(t, compatMachine(t, from, node)) })
 		}
 	}
 }
 
-// compatMachine is a machine with a fixture's disks and records. Its volumes have fresh filesystems, as a fixture has only headers.
-func compatMachine(t *testing.T, dir string) (*machine, compatNode) {
-	m := newMachine(t)
-	m.cfg.KMSKey = m.kms.ImportKey(compatKey, compatSecret())
-	var node compatNode
+// wantInUse wants every disk of a fixture mounted, or to be swap.
+func (m *machine) wantInUse(node compatNode) {
+	m.t.Helper()
+	if len(m.mounts)+len(m.swaps) != len(node.Disks) {
+		m.t.Errorf("mounts %v, swap %v", m.mounts, m.swaps)
+	}
+}
+
+func readCompat(t *testing.T, dir string) (node compatNode) {
+	t.Helper()
 	text, err := os.ReadFile(filepath.Join(dir, "node.json"))
 	if err == nil {
 		err = json.Unmarshal(text, &node)
@@ -316,6 +325,13 @@ func compatMachine(t *testing.T, dir string) (*machine, compatNode) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return node
+}
+
+// compatMachine is a machine with a fixture's disks and records. Its volumes have fresh filesystems, as a fixture has only headers.
+func compatMachine(t *testing.T, dir string, node compatNode) *machine {
+	m := newMachine(t)
+	m.cfg.KMSKey = m.kms.ImportKey(compatKey, compatSecret())
 	m.imds.SetIdentity("instanceId", node.InstanceID)
 	if out, err := exec.Command("cp", "-r", filepath.Join(dir, "state"), m.cfg.StateDir).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -345,11 +361,12 @@ func compatMachine(t *testing.T, dir string) (*machine, compatNode) {
 			err = errors.Join(f.Truncate(disk.Size-luks.DataOffset), f.Close())
 		}
 		if err == nil {
-			err = volumes.MakeFilesystem(t.Context(), plain, "ext4", "", m.uuidOf(disk))
+			uuid := m.uuidOf(disk)
+			err = volumes.MakeFilesystem(t.Context(), plain, m.records().Volumes[uuid].Filesystem, "", uuid)
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	return m, node
+	return m
 }

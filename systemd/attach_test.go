@@ -56,11 +56,13 @@ func TestAttachedUnitKeepsTheDesign(t *testing.T) {
 			t.Errorf("%s=%v: %s", name, got, why)
 		}
 	}
-	b := newBoot(t, packageUnits(t))
-	b.write("luks-kms-agent@nvme1n1:22.service", strings.ReplaceAll(read(t, attachedUnit), "/usr/bin/luks-kms-agent run", "/bin/true"))
-	for line := range strings.Lines(b.verify("luks-kms-agent@nvme1n1:22.service")) {
-		if strings.Contains(line, "luks-kms-agent") {
-			t.Errorf("%s", line)
+	for distribution, packages := range distributions(t) {
+		b := newBoot(t, packages)
+		b.write("luks-kms-agent@nvme1n1:22.service", strings.ReplaceAll(read(t, attachedUnit), "/usr/bin/luks-kms-agent run", "/bin/true"))
+		for line := range strings.Lines(b.verify("luks-kms-agent@nvme1n1:22.service")) {
+			if strings.Contains(line, "luks-kms-agent") {
+				t.Errorf("%s: %s", distribution, line)
+			}
 		}
 	}
 }

@@ -2,6 +2,7 @@ package systemd
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -14,15 +15,14 @@ import (
 	"github.com/coreos/go-systemd/v22/unit"
 )
 
-// The packages whose unit files make a node's boot. They come from this machine's own distribution, and nothing of them
-// is installed.
+// The packages whose unit files make a node's boot. Nothing of them is installed.
 var bootPackages = []string{"systemd", "udev", "cloud-init", "ifupdown", "network-manager", "postgresql-common"}
 
 // What enables the units of each package; Debian's own maintainer scripts and cloud-init's generator make these links.
 const cloudInitTarget = "cloud-init.target"
 
 var enabledUnits = map[string][]string{
-	"cloud-init":     {"cloud-init-local.service", "cloud-init.service", "cloud-config.service", "cloud-final.service"},
+	"cloud-init":     {"cloud-init-local.service", "cloud-config.service", "cloud-final.service"},
 	"ifupdown":       {"networking.service", "ifupdown-wait-online.service"},
 	"NetworkManager": {"NetworkManager.service", "NetworkManager-wait-online.service"},
 	"networkd":       {"systemd-networkd.service", "systemd-networkd-wait-online.service"},
@@ -52,6 +52,12 @@ func newBoot(t *testing.T, packages string, network ...string) *boot {
 		}
 	}
 	b.link("multi-user.target.wants", cloudInitTarget)
+	if _, err := os.Stat(filepath.Join(b.dir, "cloud-init-main.service")); err == nil { // since cloud-init 24.3
+		b.enable("cloud-init-main.service")
+		b.enable("cloud-init-network.service")
+	} else {
+		b.enable("cloud-init.service")
+	}
 	for _, n := range append([]string{"cloud-init"}, network...) {
 		for _, u := range enabledUnits[n] {
 			b.enable(u)
@@ -183,16 +189,64 @@ func read(t *testing.T, name string) string {
 	return string(text)
 }
 
-// packageUnits returns a folder with each package's files, which it downloads once.
-func packageUnits(t *testing.T) string {
+// releases are those of Debian whose boots are tried, on a machine of any of them.
+var releases = map[string]string{"debian-12": "bookworm", "debian-13": "trixie"}
+
+// distributions returns, for each distribution, a folder with its packages' files: of this machine's own, and of Debian's releases.
+func distributions(t *testing.T) map[string]string {
+	t.Helper()
+	own := osRelease(t)
+	packages := map[string]string{own: packageUnits(t, own, func(string) []string { return nil })}
+	if releases[own] == "" {
+		return packages // its apt, if it has one, knows no mirror of Debian
+	}
+	for name, suite := range releases {
+		if name != own {
+			packages[name] = packageUnits(t, name, func(tmp string) []string { return aptOf(t, releases[own], suite, tmp) })
+		}
+	}
+	return packages
+}
+
+// aptOf returns the options with which apt downloads packages of another release, from the mirror that it has for its own; what it knows of that
+// release is kept in tmp.
+func aptOf(t *testing.T, own, suite, tmp string) []string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)", "Created-By: Packages").Output()
+	if err != nil {
+		t.Fatalf("apt-get indextargets: %v", err)
+	}
+	mirror := ""
+	for line := range strings.Lines(string(out)) {
+		if uri, found := strings.CutPrefix(strings.TrimSpace(line), own+" main "); found {
+			mirror = uri
+		}
+	}
+	if mirror == "" {
+		t.Fatalf("apt has no mirror of %s:\n%s", own, out)
+	}
+	list, lists := filepath.Join(tmp, "sources.list"), filepath.Join(tmp, "lists")
+	source := "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] " + mirror + " " + suite + " main\n"
+	if err := errors.Join(os.WriteFile(list, []byte(source), 0o644), os.MkdirAll(filepath.Join(lists, "partial"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	options := []string{"-o", "Dir::Etc::sourcelist=" + list, "-o", "Dir::Etc::sourceparts=-", "-o", "Dir::State::lists=" + lists,
+		"-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache="}
+	if out, err := exec.CommandContext(t.Context(), "apt-get", append(options, "-q", "update")...).CombinedOutput(); err != nil {
+		t.Fatalf("apt-get update for %s: %v\n%s", suite, err, out)
+	}
+	return options
+}
+
+// packageUnits returns a folder with each package's files of a distribution, which it downloads once, with more options of apt's.
+func packageUnits(t *testing.T, name string, options func(tmp string) []string) string {
 	t.Helper()
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	release := strings.NewReplacer("/", "_", " ", "_").Replace(osRelease(t))
 	list := sha256.Sum256([]byte(strings.Join(bootPackages, " ")))
-	dir := filepath.Join(cache, "luks-kms-agent", fmt.Sprintf("boot-units-%s-%x", release, list[:4]))
+	dir := filepath.Join(cache, "luks-kms-agent", fmt.Sprintf("boot-units-%s-%x", name, list[:4]))
 	if _, err := os.Stat(dir); err == nil {
 		return dir
 	}
@@ -215,8 +269,9 @@ func packageUnits(t *testing.T) string {
 			t.Fatalf("%s %v: %v\n%s", name, args, err, out)
 		}
 	}
+	more := options(tmp)
 	for _, p := range bootPackages {
-		run("apt-get", "download", "-q", p)
+		run("apt-get", slices.Concat(more, []string{"download", "-q", p})...)
 		debs, err := filepath.Glob(filepath.Join(tmp, p+"_*.deb"))
 		if err != nil || len(debs) != 1 {
 			t.Fatalf("apt-get download %s left %v (%v)", p, debs, err)
@@ -236,7 +291,7 @@ func osRelease(t *testing.T) string {
 		k, v, _ := strings.Cut(strings.TrimSpace(line), "=")
 		options[k] = strings.Trim(v, `"`)
 	}
-	return options["ID"] + "-" + options["VERSION_ID"]
+	return strings.NewReplacer("/", "_", " ", "_").Replace(options["ID"] + "-" + options["VERSION_ID"])
 }
 
 var networks = [][]string{{}, {"ifupdown"}, {"networkd"}, {"ifupdown", "networkd"}, {"NetworkManager"}}
@@ -348,44 +403,49 @@ func TestSocketOfAConsumerHoldsUpNothing(t *testing.T) {
 }
 
 func TestBootHasNoOrderingCycle(t *testing.T) {
-	packages := packageUnits(t)
-	for _, network := range networks {
-		for _, a := range additions {
-			t.Run(fmt.Sprintf("%s/%s", strings.Join(append([]string{"cloud-init"}, network...), "+"), a.name), func(t *testing.T) {
-				t.Parallel()
-				b := newBoot(t, packages, network...)
-				a.add(b)
-				out := b.verify("multi-user.target")
-				found := cycles(out)
-				if a.cycle && found == "" {
-					t.Errorf("no cycle found where there is one; systemd-analyze said:\n%s", out)
-				}
-				if !a.cycle && found != "" {
-					t.Errorf("cycle:\n%s", found)
-				}
-				for line := range strings.Lines(out) {
-					if strings.Contains(line, "50-luks-kms-agent.conf") {
-						t.Errorf("a drop-in: %s", line)
+	for distribution, packages := range distributions(t) {
+		for _, network := range networks {
+			for _, a := range additions {
+				t.Run(fmt.Sprintf("%s/%s/%s", distribution, strings.Join(append([]string{"cloud-init"}, network...), "+"), a.name), func(t *testing.T) {
+					t.Parallel()
+					b := newBoot(t, packages, network...)
+					a.add(b)
+					out := b.verify("multi-user.target")
+					found := cycles(out)
+					if a.cycle && found == "" {
+						t.Errorf("no cycle found where there is one; systemd-analyze said:\n%s", out)
 					}
-				}
-			})
+					if !a.cycle && found != "" {
+						t.Errorf("cycle:\n%s", found)
+					}
+					for line := range strings.Lines(out) {
+						if strings.Contains(line, "50-luks-kms-agent.conf") {
+							t.Errorf("a drop-in: %s", line)
+						}
+					}
+				})
+			}
 		}
 	}
 }
 
 // systemd-analyze says nothing at all about our own units, so every directive is known and allowed.
 func TestUnitsAreValid(t *testing.T) {
-	b := newBoot(t, packageUnits(t))
-	b.write("consumer.service", consumerUnit)
-	for line := range strings.Lines(b.verify("luks-kms-agent.service", "luks-kms-agent.target")) {
-		if strings.Contains(line, "luks-kms-agent") {
-			t.Errorf("%s", line)
-		}
-	}
-	b.write("luks-kms-agent.service.d/bad.conf", "[Service]\nRestartForceExitStatus=5\nNoSuchDirective=1\n")
-	out := b.verify("luks-kms-agent.service")
-	if !strings.Contains(out, "NoSuchDirective") {
-		t.Errorf("a wrong directive was not seen; systemd-analyze said:\n%s", out)
+	for distribution, packages := range distributions(t) {
+		t.Run(distribution, func(t *testing.T) {
+			b := newBoot(t, packages)
+			b.write("consumer.service", consumerUnit)
+			for line := range strings.Lines(b.verify("luks-kms-agent.service", "luks-kms-agent.target")) {
+				if strings.Contains(line, "luks-kms-agent") {
+					t.Errorf("%s", line)
+				}
+			}
+			b.write("luks-kms-agent.service.d/bad.conf", "[Service]\nRestartForceExitStatus=5\nNoSuchDirective=1\n")
+			out := b.verify("luks-kms-agent.service")
+			if !strings.Contains(out, "NoSuchDirective") {
+				t.Errorf("a wrong directive was not seen; systemd-analyze said:\n%s", out)
+			}
+		})
 	}
 }
 

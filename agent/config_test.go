@@ -60,6 +60,7 @@ allowed_keys:
   - `+testKey+`
 device_wait: 0s
 multi_attach: allow
+stripe_instance_store: on
 `, 0o600))
 	if err != nil {
 		t.Fatal(err)
@@ -70,7 +71,7 @@ multi_attach: allow
 		IMDSEndpoint: "http://169.254.169.254", KeyScope: ScopeVolume, Filesystem: "ext4", InstanceStore: PolicyUnlock, EBS: PolicyIgnore,
 		Volumes: []VolumeConfig{{"/dev/loop0", "/data", "xfs"}, {Name: "vol-0123456789abcdef0"}},
 		Exclude: []string{"/dev/nvme5n1"}, RetryLimit: 90 * time.Second, CallTimeout: 3 * time.Second,
-		Workqueues: "off", StateDir: "/srv/state", AuditLog: "/srv/log/audit.jsonl", AllowedKeys: []string{testKey}, MultiAttach: MultiAttachAllow,
+		Workqueues: "off", StateDir: "/srv/state", AuditLog: "/srv/log/audit.jsonl", AllowedKeys: []string{testKey}, MultiAttach: MultiAttachAllow, Stripe: On,
 	}
 	if got, want := fmt.Sprintf("%+v", cfg), fmt.Sprintf("%+v", want); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)

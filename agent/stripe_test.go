@@ -322,6 +322,19 @@ func TestStripeWithoutADisk(t *testing.T) {
 	m.runOK()
 }
 
+// An image has nothing of a stripe that its builder did not finish.
+func TestSealedImageHasNoStripe(t *testing.T) {
+	m, _ := striped(t)
+	m.fail = failing("superblock", "ssd1")
+	if _, err := m.node().Stripe(t.Context()); err == nil || m.records().Stripe == nil {
+		t.Fatalf("error %v, no intent", err)
+	}
+	seal, err := m.node().SealImage(t.Context(), SealOptions{}, func(Seal) error { return nil })
+	if err != nil || len(seal.Refused) > 0 || m.records().Stripe != nil {
+		t.Errorf("sealed: %v, refused %v, intent %+v", err, seal.Refused, m.records().Stripe)
+	}
+}
+
 // What the configuration has the agent leave alone is not assembled either.
 func TestStripeThatIsLeftAlone(t *testing.T) {
 	m, _ := striped(t)

@@ -88,8 +88,8 @@ type Striped struct {
 // if it says so. The stripe is then a disk as any other: a run formats or opens it. Disks of a stripe that are missing are waited for, up to
 // DeviceWait.
 //
-// Where instance store is to be ignored it does nothing. It never writes to a disk that is not proven blank; what an earlier call left that was cut is cleared only from the disks that its intent names, and
-// only while one of them shows nothing of the stripe, so that nobody can have used it.
+// Where instance store is to be ignored it does nothing. It never writes to a disk that is not proven blank; what an earlier call left
+// that was cut is cleared only from the disks that its intent names, and only while one of them shows nothing of the stripe, so that nobody can have used it.
 func (n *Node) Stripe(ctx context.Context) (done []Striped, err error) {
 	if n.cfg.InstanceStore == PolicyIgnore {
 		return nil, nil
@@ -141,8 +141,7 @@ func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done [
 		all := membersOf(scan.Devices)
 		for _, id := range sortedKeys(all) {
 			members := all[id]
-			if slices.ContainsFunc(scan.Devices, func(d volumes.Device) bool { return len(d.Members) > 0 && d.Identity == id }) ||
-				slices.ContainsFunc(done, func(s Striped) bool { return s.UUID == id }) || slices.ContainsFunc(members, n.isExcluded) {
+			if runs(scan, id) || slices.ContainsFunc(done, func(s Striped) bool { return s.UUID == id }) || slices.ContainsFunc(members, n.isExcluded) {
 				continue
 			}
 			if len(members) < members[0].Member.Disks && cut != nil && cut.UUID == id {
@@ -154,6 +153,9 @@ func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done [
 			}
 			n.tell("Assembling stripe " + id)
 			if err := n.stripes.Assemble(ctx, id, members); err != nil {
+				if now, errScan := n.scan(ctx); errScan == nil && runs(now, id) {
+					continue // udev was quicker
+				}
 				return done, err
 			}
 			n.log.Info("stripe assembled", zap.String("stripe", id), zap.Int("disks", len(members)))
@@ -168,6 +170,11 @@ func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done [
 		systemd.ExtendTimeout(time.Minute)
 		time.Sleep(devicePoll)
 	}
+}
+
+// runs says whether the stripe of that UUID is assembled.
+func runs(scan volumes.Scan, id string) bool {
+	return slices.ContainsFunc(scan.Devices, func(d volumes.Device) bool { return len(d.Members) > 0 && d.Identity == id })
 }
 
 // settleIntent ends what an earlier call began: the stripe is whole, or its disks are made blank again.
@@ -250,12 +257,12 @@ func (n *Node) makeStripe(ctx context.Context, store *keycache.Store, p Plan) (*
 			return nil, err
 		}
 		holds = append(holds, hold)
-		header, content, err := look(ctx, d)
+		_, content, err := look(ctx, d)
 		if err != nil {
 			return nil, err
 		}
 		if content == nil || !content.Blank {
-			return nil, &RefusedError{Refusal: RefusedContent, Device: d.Path, Reason: "it changed after it was planned on: it is not blank any more (" + string(header.Kind) + ")"}
+			return nil, &RefusedError{Refusal: RefusedContent, Device: d.Path, Reason: "it changed after it was planned on: it is not blank any more"}
 		}
 		intent.Members = append(intent.Members, d.Identity)
 	}

@@ -335,6 +335,29 @@ func TestSealedImageHasNoStripe(t *testing.T) {
 	}
 }
 
+// udev may assemble the stripe just before the agent does.
+func TestStripeThatUdevAssembles(t *testing.T) {
+	m, _ := striped(t)
+	made := m.stripe()
+	array := m.arrays[made[0].UUID]
+	m.reboot()
+	m.fail = func(step, _ string) error {
+		if step == "assemble" {
+			m.arrays[made[0].UUID] = array
+			return errors.New("already active")
+		}
+		return nil
+	}
+	if done := m.stripe(); len(done) > 0 {
+		t.Errorf("assembled: %+v", done)
+	}
+	m.arrays = map[string]volumes.Device{}
+	m.fail = failing("assemble", made[0].UUID)
+	if _, err := m.node().Stripe(t.Context()); err == nil {
+		t.Error("a stripe that cannot be assembled is no error")
+	}
+}
+
 // What the configuration has the agent leave alone is not assembled either.
 func TestStripeThatIsLeftAlone(t *testing.T) {
 	m, _ := striped(t)

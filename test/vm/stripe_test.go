@@ -17,10 +17,10 @@ func noArraysBelow(n *harness.Node) {
 
 const stripeUnit = "luks-kms-agent-stripe.service"
 
-// wantStripe wants /mnt to be a volume of ours on a stripe of exactly those disks.
-func wantStripe(t *testing.T, n *harness.Node, when string, serials ...string) {
+// wantStripe wants a volume of ours on a stripe of exactly those disks.
+func wantStripe(t *testing.T, n *harness.Node, when, at string, serials ...string) {
 	t.Helper()
-	list := n.Sh("lsblk -snro TYPE,SERIAL $(findmnt -no SOURCE /mnt)")
+	list := n.Sh("lsblk -snro TYPE,SERIAL $(findmnt -no SOURCE " + at + ")")
 	kinds, disks := map[string]int{}, 0
 	for line := range strings.Lines(list) {
 		kind, serial, _ := strings.Cut(strings.TrimSpace(line), " ")
@@ -32,7 +32,7 @@ func wantStripe(t *testing.T, n *harness.Node, when string, serials ...string) {
 		}
 	}
 	if kinds["crypt"] != 1 || kinds["raid0"] != 1 || disks != len(serials) {
-		t.Errorf("%s: /mnt is on\n%s", when, list)
+		t.Errorf("%s: %s is on\n%s", when, at, list)
 	}
 	if unit := n.Unit(stripeUnit); unit["Result"] != "success" {
 		t.Errorf("%s: %s: %v\n%s", when, stripeUnit, unit, n.Sh("journalctl -b -o cat -u "+stripeUnit))
@@ -46,13 +46,13 @@ func wantStripe(t *testing.T, n *harness.Node, when string, serials ...string) {
 // made anew of other disks after a stop. With a disk taken away it is told, and comes back.
 func TestStripe(t *testing.T) {
 	t.Parallel()
-	n := harness.NewNode(t, assets, "stripe_instance_store: on\ndevice_wait: 2s\n", ssd1, ssd2, ebs1)
+	n := harness.NewNode(t, assets, "stripe_instance_store: on\ndevice_wait: 2s\nvolumes:\n  - name: /dev/md/luks-kms-agent\n    mount_point: /scratch\n", ssd1, ssd2, ebs1)
 	noArraysBelow(n)
 	n.Boot()
 	n.AwaitVolumes()
-	wantStripe(t, n, "first boot", ssd1.Serial, ssd2.Serial)
-	wantMounted(t, n, "/mnt", "/mnt1")
-	files := writeFiles(n, "/mnt", "/mnt1")
+	wantStripe(t, n, "first boot", "/scratch", ssd1.Serial, ssd2.Serial)
+	wantMounted(t, n, "/mnt", "/scratch")
+	files := writeFiles(n, "/mnt", "/scratch")
 	for _, disk := range []string{"ssd1", "ssd2"} {
 		if found := n.Find(disk, []byte(marker)); len(found) > 0 {
 			t.Errorf("%s shows %v", disk, found)
@@ -64,9 +64,9 @@ func TestStripe(t *testing.T) {
 
 	n.Reboot()
 	n.AwaitVolumes()
-	wantStripe(t, n, "reboot", ssd1.Serial, ssd2.Serial)
-	wantFiles(t, n, files, "after a reboot", "/mnt", "/mnt1")
-	for _, command := range []string{"lock /mnt", "unlock /mnt", "verify"} {
+	wantStripe(t, n, "reboot", "/scratch", ssd1.Serial, ssd2.Serial)
+	wantFiles(t, n, files, "after a reboot", "/mnt", "/scratch")
+	for _, command := range []string{"lock /scratch", "unlock /scratch", "verify"} {
 		if r := n.Agent(command); r.Code != 0 {
 			t.Errorf("%s: %s", command, r)
 		}
@@ -76,27 +76,27 @@ func TestStripe(t *testing.T) {
 	n.Write("/etc/udev/rules.d/64-md-raid-assembly.rules", 0o644, "# none\n")
 	n.Reboot()
 	n.AwaitVolumes()
-	wantStripe(t, n, "reboot without udev's assembly", ssd1.Serial, ssd2.Serial)
-	wantFiles(t, n, files, "after the agent assembled the stripe", "/mnt", "/mnt1")
+	wantStripe(t, n, "reboot without udev's assembly", "/scratch", ssd1.Serial, ssd2.Serial)
+	wantFiles(t, n, files, "after the agent assembled the stripe", "/mnt", "/scratch")
 	n.Sh("rm /etc/udev/rules.d/64-md-raid-assembly.rules; sync")
 
 	n.Detach("ssd2")
-	if r := n.Try("luks-kms-agent status"); !strings.Contains(r.Stdout, "its disk was taken away while it was mounted on /mnt") {
+	if r := n.Try("luks-kms-agent status"); !strings.Contains(r.Stdout, "its disk was taken away while it was mounted on /scratch") {
 		t.Errorf("status without a disk: %s", r)
 	}
 	n.PowerCut()
 	n.Boot()
 	n.AwaitVolumes()
-	wantStripe(t, n, "after the disk came back", ssd1.Serial, ssd2.Serial)
-	wantFiles(t, n, files, "after the disk came back", "/mnt", "/mnt1")
+	wantStripe(t, n, "after the disk came back", "/scratch", ssd1.Serial, ssd2.Serial)
+	wantFiles(t, n, files, "after the disk came back", "/mnt", "/scratch")
 
 	n.PowerOff()
 	n.Replace("ssd1", "AWS33333333333333333")
 	n.Replace("ssd2", "AWS44444444444444444")
 	n.Boot()
 	n.AwaitVolumes()
-	wantStripe(t, n, "stop and start", "AWS33333333333333333", "AWS44444444444444444")
-	wantMounted(t, n, "/mnt", "/mnt1")
+	wantStripe(t, n, "stop and start", "/scratch", "AWS33333333333333333", "AWS44444444444444444")
+	wantMounted(t, n, "/mnt", "/scratch")
 	if archived := n.Sh("ls /var/lib/luks-kms-agent/archive/volumes/*.json | grep -vc why"); strings.TrimSpace(archived) != "1" {
 		t.Errorf("%s archived volume records, want 1", archived)
 	}
@@ -129,7 +129,7 @@ func TestStripeCut(t *testing.T) {
 		n.Provide(harness.ConfigFile, 0o600, striping)
 		n.Boot()
 		n.AwaitVolumes()
-		wantStripe(t, n, when, ssd1.Serial, ssd2.Serial)
+		wantStripe(t, n, when, "/mnt", ssd1.Serial, ssd2.Serial)
 		wantMounted(t, n, "/mnt")
 		if left := n.Sh("ls /var/lib/luks-kms-agent/stripe.json 2>/dev/null || true"); left != "" {
 			t.Errorf("%s: the intent is left", when)

@@ -3,6 +3,8 @@
 package vm_test
 
 import (
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -19,7 +21,24 @@ func TestStripeOrder(t *testing.T) {
 	n.Boot()
 	n.AwaitAgent()
 	n.Write("/root/measure", 0o700, stripeOrder)
-	t.Logf("\n%s", n.ShLong("bash /root/measure", 30*time.Minute))
+	out := n.ShLong("bash /root/measure", 30*time.Minute)
+	t.Logf("\n%s", out)
+	took, ratios := map[string]float64{}, map[string][]float64{}
+	for line := range strings.Lines(out) {
+		var order, what string
+		var seconds float64
+		if _, err := fmt.Sscan(line, &order, &what, &seconds); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		took[order+what] = seconds
+		if order == "above" {
+			ratios[what] = append(ratios[what], seconds/took["below"+what])
+		}
+	}
+	for what, r := range ratios {
+		slices.Sort(r)
+		t.Logf("%-8s md above LUKS takes %.2f times what it takes below it (median of %.2f)", what, r[len(r)/2], r)
+	}
 }
 
 // What each line of its output is: order, what was measured, seconds.

@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help build lint test-unit test-vm test demo bench bench-baseline bench-compare fleet fuzz soak protections update-golden licenses man install package package-check clean
+.PHONY: help build lint test-unit test-vm test demo session bench bench-baseline bench-compare fleet fuzz soak protections update-golden licenses man install package package-check clean
 
 GO      ?= go
 DESTDIR ?=
@@ -75,6 +75,9 @@ test: ## lint, unit tests and VM stories; the last line counts the tests
 
 demo: ## the main job, told as it goes, in a VM on this machine
 	@$(GO) run ./test/vm/demo
+
+session: ## run the session of docs/operations.md in a VM, and write what it printed into it
+	@$(GO) run ./test/vm/session
 
 VOLUMES ?= 1,2,4,8,16,24
 ROUNDS  ?= 5

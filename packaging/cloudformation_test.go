@@ -86,7 +86,7 @@ var resourceTypes = map[string]resourceType{
 
 // parameterTypes are those of parameters, with a value of each.
 var parameterTypes = map[string]any{
-	"String": "x", "CommaDelimitedList": []any{"x"}, "AWS::EC2::Image::Id": "ami-0", "AWS::EC2::VPC::Id": "vpc-0", "AWS::EC2::SecurityGroup::Id": "sg-0",
+	"String": "x", "CommaDelimitedList": []any{"x"},
 }
 
 var pseudoParameters = map[string]string{"AWS::Partition": "aws", "AWS::AccountId": "111122223333", "AWS::Region": "us-east-1"}
@@ -103,6 +103,7 @@ type template struct {
 	wrong []string
 	at    string          // where a fault is
 	by    string          // the resource that is being looked at, "" outside
+	when  string          // the condition of the resource or output that is being looked at
 	used  map[string]bool // parameters and conditions
 	needs map[string][]string
 }
@@ -124,6 +125,7 @@ type resource struct {
 
 type output struct {
 	Description string    `yaml:"Description"`
+	Condition   string    `yaml:"Condition"`
 	Value       yaml.Node `yaml:"Value"`
 }
 
@@ -165,10 +167,7 @@ func judgeTemplate(source string) (resources map[string]any, wrong []string) {
 		if !ok {
 			t.say("%s is no known type", r.Type)
 		}
-		if _, ok := t.Conditions[r.Condition]; !ok && r.Condition != "" {
-			t.say("there is no condition %s", r.Condition)
-		}
-		t.used[r.Condition] = true
+		t.on(r.Condition)
 		for _, p := range []string{r.DeletionPolicy, r.UpdateReplacePolicy} {
 			if !slices.Contains([]string{"", "Delete", "Retain", "Snapshot"}, p) {
 				t.say("%s is no policy of deletion", p)
@@ -182,6 +181,7 @@ func judgeTemplate(source string) (resources map[string]any, wrong []string) {
 	t.by = ""
 	for name, o := range t.Outputs {
 		t.at = "output " + name
+		t.on(o.Condition)
 		if _, ok := t.value(&o.Value).(string); !ok {
 			t.say("it is no string")
 		}
@@ -202,6 +202,14 @@ func judgeTemplate(source string) (resources map[string]any, wrong []string) {
 	}
 	slices.Sort(t.wrong)
 	return resources, t.wrong
+}
+
+// on notes the condition on which what is being looked at is there.
+func (t *template) on(condition string) {
+	if _, ok := t.Conditions[condition]; !ok && condition != "" {
+		t.say("there is no condition %s", condition)
+	}
+	t.when, t.used[condition] = condition, true
 }
 
 // circle looks for resources that need each other.
@@ -302,7 +310,7 @@ func (t *template) ref(name string) any {
 // need notes that the resource that is being looked at needs another, which has to be there whenever it is.
 func (t *template) need(name string) {
 	other := t.Resources[name].Condition
-	if other != "" && other != t.Resources[t.by].Condition {
+	if other != "" && other != t.when {
 		t.say("%s may not be there", name)
 	}
 	if t.by != "" {
@@ -436,7 +444,7 @@ func TestBrokenTemplatesAreSeen(t *testing.T) {
 	for _, c := range []struct{ from, to, says string }{
 		{"2010-09-09", "2010-09-10", "version"},
 		{"Parameters:\n", "Parameter:\n", "field Parameter not found"},
-		{"Type: AWS::EC2::Image::Id", "Type: AWS::EC2::Image", "no type of a parameter"},
+		{"Type: CommaDelimitedList", "Type: AWS::EC2::Image", "no type of a parameter"},
 		{"Type: AWS::KMS::Alias", "Type: AWS::KMS::Name", "no known type"},
 		{"Default: alias/luks-kms-agent", "Default: luks-kms-agent", "is not allowed"},
 		{"  Alias:\n", "  Key:\n", "already defined"},
@@ -444,9 +452,11 @@ func TestBrokenTemplatesAreSeen(t *testing.T) {
 		{"!GetAtt Key.Arn", "!GetAtt Key.ARN", "there is no Key.ARN"},
 		{"${AWS::Partition}", "${AWS::Partitions}", "there is no AWS::Partitions"},
 		{"!Sub com", "!Substitute com", "no known function"},
-		{"ImageId: !Ref ImageId", "ImageId: ami-0", "ImageId is not used"},
+		{"AliasName: !Ref AliasName", "AliasName: alias/x", "AliasName is not used"},
 		{"Condition: WithEndpoint\n    Properties:\n      VpcEndpoint", "Condition: WithEndpoints\n    Properties:\n      VpcEndpoint", "no condition WithEndpoints"},
 		{"Condition: WithEndpoint\n    Properties:\n      VpcEndpoint", "Properties:\n      VpcEndpoint", "EndpointSecurityGroup may not be there"},
+		{"Condition: WithImage\n    Value", "Value", "LaunchTemplate may not be there"},
+		{"Default: \"\"\n    AllowedPattern: ^(ami", "Default: image\n    AllowedPattern: ^(ami", "is not allowed"},
 		{"DeletionPolicy: Retain", "DeletionPolicy: Keep", "no policy of deletion"},
 		{"EnableKeyRotation:", "KeyRotation:", "no property KeyRotation"},
 		{"PendingWindowInDays: 30", "PendingWindowInDays: a month", "is no integer"},

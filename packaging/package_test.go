@@ -21,6 +21,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/luks-kms-agent/luks-kms-agent/test/document"
 )
 
 var arches = flag.String("arches", runtime.GOARCH, "architectures whose packages TestPackages makes")
@@ -48,6 +50,15 @@ func TestPackages(t *testing.T) {
 	}
 	packages := filepath.Join(first, "build/packages")
 	wantSums(t, packages, sums)
+	command, err := document.Command("..", "docs/packages.md", "Packages", "cd build/packages ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := exec.Command("sh", "-c", command)
+	check.Dir = first
+	if out, err := check.CombinedOutput(); err != nil {
+		t.Errorf("%s: %v\n%s", command, err, out)
+	}
 
 	for _, arch := range strings.Split(*arches, ",") {
 		binary := filepath.Join(first, "build/package/luks-kms-agent-"+arch)

@@ -16,15 +16,27 @@ import (
 // bakeFolder is where Packer's template and the component of Image Builder put the scripts.
 const bakeFolder = "/tmp/luks-kms-agent-image"
 
-// TestBake makes an image as packaging/image does, of a machine that had volumes, and starts two instances of it: each makes a data key of its
+// TestBake makes an image with the commands of docs/images.md, of a machine that had volumes, and starts two instances of it: each makes a data key of its
 // own, and has nothing of the builder's. An image that was taken before it was sealed is caught by its instance id.
 func TestBake(t *testing.T) {
 	t.Parallel()
-	builder := harness.NewNode(t, assets, "", ebs1, ebs2)
-	builder.Resume()
+	builder := unpackaged(t, ebs1, ebs2)
+	blanks := builder.Digests(0)
+	bring(t, builder)
+	// No list of packages can be fetched here, and none is asked for: the guest has all that the package depends on.
+	follow(t, builder, "export PREFLIGHT=yes", strings.NewReplacer(), "docs/images.md", "By hand", "cd /tmp/", "sh install.sh ")
+	if unit := builder.Unit("luks-kms-agent.service"); unit["ActiveState"] != "inactive" || unit["UnitFileState"] != "enabled" {
+		t.Errorf("after install.sh the service is %v", unit)
+	}
+	follow(t, builder, "", strings.NewReplacer(), "docs/images.md", "By hand", "cd /tmp/", "sh seal.sh")
+	wantUntouched(t, builder, blanks)
+	if left := builder.State(); left != "" {
+		t.Errorf("a builder that had no volume has records: %s", left)
+	}
+
+	// Now one that has volumes.
+	builder.Sh("systemctl start luks-kms-agent.service")
 	builder.AwaitVolumes()
-	bringScripts(t, builder)
-	builder.Sh("cd " + bakeFolder + " && PREFLIGHT=yes sh install.sh config.yaml")
 	key := builder.KeyRecords()[0]
 	audit, _ := auditLines(t, builder, auditLog)
 	if len(audit) == 0 {
@@ -53,7 +65,7 @@ func TestBake(t *testing.T) {
 		}
 	}
 	builder.Sh(`cd /run && tar -xf records.tar && sha256sum -c --quiet SHA256SUMS && cat keys/*.json | grep -q ` + key.ID)
-	builder.Sh("cd " + bakeFolder + " && sh cleanup.sh " + bakeFolder)
+	follow(t, builder, "", strings.NewReplacer(), "docs/images.md", "By hand", "cd /tmp/", "sh seal.sh", "sh cleanup.sh ")
 	// As the component checks it.
 	builder.Sh("systemctl is-enabled luks-kms-agent.service && luks-kms-agent seal-image | grep -qF 'there was nothing to do'")
 	if left := builder.State(); left != "" {
@@ -116,17 +128,23 @@ func blank(i int) harness.Disk {
 	return harness.EBS("new", fmt.Sprintf("0eeeeeeeeeeeeee%02d", i))
 }
 
-// bringScripts puts packaging/image onto the builder, as Packer and Image Builder do, with the configuration that the node has.
-func bringScripts(t *testing.T, n *harness.Node) {
+// bring puts onto the builder what Packer, Image Builder or somebody by hand brings there.
+func bring(t *testing.T, n *harness.Node) {
 	t.Helper()
-	for _, script := range []string{"install.sh", "seal.sh", "cleanup.sh"} {
-		text, err := os.ReadFile(filepath.Join(assets.Repo, "packaging", "image", script))
+	n.Sh("mkdir -p /root/clone/packaging " + bakeFolder + " && cp " + harness.Package + " " + bakeFolder + "/luks-kms-agent_VERSION_amd64.deb")
+	for from, to := range map[string]string{
+		"install.sh": bakeFolder + "/install.sh", "seal.sh": bakeFolder + "/seal.sh", "cleanup.sh": bakeFolder + "/cleanup.sh",
+		"../config.yaml": "/root/clone/packaging/config.yaml",
+	} {
+		text, err := os.ReadFile(filepath.Join(assets.Repo, "packaging", "image", from))
 		if err != nil {
 			t.Fatal(err)
 		}
-		n.Write(bakeFolder+"/"+script, 0o644, string(text))
+		n.Write(to, 0o644, string(text))
 	}
-	n.Sh("cp " + harness.ConfigFile + " " + bakeFolder + "/config.yaml")
+	follow(t, n, "cd /root/clone", strings.NewReplacer("KEY-ARN", n.Key), "docs/images.md", "By hand", "cp ", "sed ")
+	// The story's KMS and disks are what else has to be said.
+	n.Sh("cd /root/clone && printf 'kms_endpoint: " + harness.KMSEndpoint + "\nmulti_attach: allow\n' >>config.yaml && mv config.yaml " + bakeFolder + " && rm -r /root/clone")
 }
 
 // ownKey wants an instance to have made one data key, to use no other, and to have its one volume mounted.

@@ -48,9 +48,12 @@ type packaged struct {
 	files, state, runs, conf string
 }
 
+// downloaded is what the documents call the package, and where it is on a node.
+const downloaded = "/root/luks-kms-agent_VERSION_amd64.deb"
+
 // unpackaged returns a node without the agent.
-func unpackaged(t *testing.T) *harness.Node {
-	n := harness.NewNode(t, assets, "", ssd1, ebs1)
+func unpackaged(t *testing.T, disks ...harness.Disk) *harness.Node {
+	n := harness.NewNode(t, assets, "", disks...)
 	n.Wake()
 	// Nothing was ever kept here: a purge is clean, and has nothing to say.
 	if said := n.Sh("dpkg --purge luks-kms-agent"); strings.Contains(said, "luks-kms-agent:") {
@@ -85,12 +88,20 @@ func setUp(t *testing.T, n *harness.Node, blank map[string]string) *packaged {
 	wantMounted(t, n)
 	wantUntouched(t, n, blank)
 
+	words := strings.NewReplacer("KEY-ARN", n.Key)
+	follow(t, n, "", words, "README.md", "Install on a node", "sudo sed -i ")
 	// The story's KMS and disks are what else has to be said.
-	n.Sh("sed -i 's|^# kms_key:.*|kms_key: " + n.Key + "|' " + harness.ConfigFile)
 	n.Sh("printf 'filesystem: ext4\\nkms_endpoint: " + harness.KMSEndpoint + "\\nmulti_attach: allow\\n' >>" + harness.ConfigFile)
 	p := &packaged{Node: n, t: t, conf: string(n.Read(harness.ConfigFile))}
-	n.Sh("systemctl enable --now luks-kms-agent.service 2>&1; systemctl start consumer.service")
+	follow(t, n, "", words, "README.md", "Install on a node", "sudo luks-kms-agent preflight", "sudo luks-kms-agent plan")
+	wantMounted(t, n)
+	wantUntouched(t, n, blank)
+	follow(t, n, "", words, "README.md", "Install on a node", "sudo systemctl enable --now ")
+	n.Sh("systemctl start consumer.service")
 	wantMounted(t, n, "/mnt", "/mnt1")
+	if said := follow(t, n, "", words, "README.md", "Install on a node", "sudo luks-kms-agent status"); !strings.HasPrefix(said, "All well: 2 volumes mounted\n") {
+		t.Errorf("status: %s", said)
+	}
 	p.files = writeFiles(n, "/mnt", "/mnt1")
 	n.Sh("systemd-run -q --unit=user-of-a-volume tail -f /mnt/plaintext-file")
 	p.state, p.runs = n.State(), n.Sh(incarnations)
@@ -141,10 +152,11 @@ func (p *packaged) wantReopened() {
 // TestDeb: a node's life under dpkg. No install, upgrade, remove or purge starts or stops anything, touches a volume, or loses a record.
 func TestDeb(t *testing.T) {
 	t.Parallel()
-	n := unpackaged(t)
+	n := unpackaged(t, ssd1, ebs1)
 	blank := n.Digests(0)
 	// apt looks at the dependencies, and at what they are called; here it has no network.
-	n.Sh("DEBIAN_FRONTEND=noninteractive apt-get install -qy " + earlier(t, n, "deb"))
+	n.Sh("mv " + earlier(t, n, "deb") + " " + downloaded)
+	follow(t, n, "cd /root; export DEBIAN_FRONTEND=noninteractive", strings.NewReplacer(), "README.md", "Install on a node", "sudo apt install ")
 	p := setUp(t, n, blank)
 
 	if said := n.Sh("dpkg -i " + harness.Package); !strings.Contains(said, "over (0.0.0~git20200913122640.earlier)") {
@@ -184,21 +196,21 @@ func TestDeb(t *testing.T) {
 		t.Errorf("after the purge there are %s", links)
 	}
 
-	// docs/packages.md, "After a purge".
 	n.Sh("dpkg -i " + harness.Package)
 	n.Write(harness.ConfigFile, 0o640, p.conf)
-	n.Sh("mv -T " + archive[1] + " " + stateDir)
+	words := strings.NewReplacer(stateDir+".purged-20261126T014240Z", archive[1])
+	follow(t, n, "", words, "docs/packages.md", "After a purge", "mv -T ")
 	if state := n.State(); state != p.state {
 		t.Errorf("records of the archive:\n%s\nbefore:\n%s", state, p.state)
 	}
-	n.Sh("luks-kms-agent verify")
+	follow(t, n, "", words, "docs/packages.md", "After a purge", "luks-kms-agent verify", "systemctl enable --now ")
 	p.wantReopened()
 }
 
 // TestRPM: the same under rpm, which has no purge.
 func TestRPM(t *testing.T) {
 	t.Parallel()
-	n := unpackaged(t)
+	n := unpackaged(t, ssd1, ebs1)
 	blank := n.Digests(0)
 	const rpm = "rpm --force-debian --nodeps "
 	n.Sh(rpm + "-i " + earlier(t, n, "rpm"))

@@ -18,11 +18,12 @@ type Section struct {
 var (
 	// A heading, or a block with its info string.
 	part = regexp.MustCompile("(?ms)^#+ ([^\n]*)$|^```([^\n]*)\n(.*?)^```$")
-	// What has blocks of its own in package harness, run by name.
-	named = regexp.MustCompile(`^sh (node|admin):`)
+	// No commands, or those of package harness's Document, which runs them by name.
+	other = regexp.MustCompile(`^(text|json|yaml|ini|console|sql|sh (node|admin):.*)$`)
 )
 
-// Sections reads a document. Blocks without an info string, and those of sh, have commands.
+// Sections reads a document. Blocks without an info string, and those of sh, have commands. A kind of block that is not known is an error,
+// so that no command hides in it.
 func Sections(text string) ([]Section, error) {
 	var all []Section
 	for _, found := range part.FindAllStringSubmatch(text, -1) {
@@ -31,14 +32,11 @@ func Sections(text string) ([]Section, error) {
 			all = append(all, Section{Heading: heading})
 			continue
 		}
-		if info != "" && info != "sh" && !named.MatchString(info) {
+		if other.MatchString(info) {
 			continue
 		}
-		if len(all) == 0 {
-			return nil, fmt.Errorf("a block before the first heading:\n%s", block)
-		}
-		if named.MatchString(info) {
-			continue
+		if info != "" && info != "sh" || len(all) == 0 {
+			return nil, fmt.Errorf("a block of %q below no heading, or of no known kind:\n%s", info, block)
 		}
 		commands, err := split(block)
 		if err != nil {
@@ -54,8 +52,7 @@ func Sections(text string) ([]Section, error) {
 func split(block string) ([]string, error) {
 	var commands []string
 	var command strings.Builder
-	var quote rune
-	var before rune
+	var quote, before rune
 	comment := false
 	for _, r := range block {
 		switch {

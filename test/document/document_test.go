@@ -244,7 +244,7 @@ func TestSections(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q (%v), want %q", got, err, want)
 	}
-	for _, bad := range []string{"```\na\n```\n", "# One\n```\na 'b\n```\n", "# One\n```\nfor a in b; do\n```\n", "# One\n```\na \\\n```\n"} {
+	for _, bad := range []string{"```\na\n```\n", "# One\n```bash\na\n```\n", "# One\n```\na 'b\n```\n", "# One\n```\nfor a in b; do\n```\n", "# One\n```\na \\\n```\n"} {
 		if got, err := document.Sections(bad); err == nil {
 			t.Errorf("%q is %q", bad, got)
 		}

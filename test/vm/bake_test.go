@@ -25,7 +25,8 @@ func TestBake(t *testing.T) {
 	bring(t, builder)
 	// No list of packages can be fetched here, and none is asked for: the guest has all that the package depends on.
 	follow(t, builder, "export PREFLIGHT=yes", strings.NewReplacer(), "docs/images.md", "By hand", "cd /tmp/", "sh install.sh ")
-	if unit := builder.Unit("luks-kms-agent.service"); unit["ActiveState"] != "inactive" || unit["UnitFileState"] != "enabled" {
+	builder.Sh("systemctl is-enabled luks-kms-agent.service")
+	if unit := builder.Unit("luks-kms-agent.service"); unit["ActiveState"] != "inactive" {
 		t.Errorf("after install.sh the service is %v", unit)
 	}
 	follow(t, builder, "", strings.NewReplacer(), "docs/images.md", "By hand", "cd /tmp/", "sh seal.sh")

@@ -240,7 +240,8 @@ func loop(device, storage string) error {
 const (
 	nvmet = "/sys/kernel/config/nvmet"
 	port  = nvmet + "/ports/1"
-	// hostID and hostNQN name the one host that connects, in the form that the NVMe specification gives for a uuid. Linux since 6.5 wants one of the other.
+	// hostID and hostNQN name the one host that connects, in the form that the NVMe specification gives for a uuid. Newer kernels want both
+	// where one of them is given.
 	hostID  = "5709f1c0-d3a8-4d0f-a9d6-fe1a6a7f0b11"
 	hostNQN = "nqn.2014-08.org.nvmexpress:uuid:" + hostID
 )

@@ -45,8 +45,9 @@ type Response struct {
 	Error  string `json:",omitempty"` // why the request could not be carried out; empty where it was
 }
 
-// Manifest is what a guest makes of itself before the agent starts, the same at every boot.
+// Manifest is what a guest makes of itself before the agent starts, the same at every boot but for Tree.
 type Manifest struct {
+	Tree  []byte `json:",omitempty"` // tar.gz, below /, before Files; in the first boot of a new boot disk
 	Files []File
 	Disks []Disk // connected in this order, which is what decides their kernel names
 }

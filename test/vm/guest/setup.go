@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -27,6 +28,13 @@ func setup() error {
 	manifest, err := readManifest()
 	if err != nil {
 		return err
+	}
+	if len(manifest.Tree) > 0 {
+		tar := exec.Command("tar", "-C", "/", "-xzp")
+		tar.Stdin = bytes.NewReader(manifest.Tree)
+		if out, err := tar.CombinedOutput(); err != nil {
+			return fmt.Errorf("tar: %s: %w", strings.TrimSpace(string(out)), err)
+		}
 	}
 	for _, file := range manifest.Files {
 		if err := put(file.Path, file.Mode, file.Data); err != nil {
@@ -232,8 +240,10 @@ func loop(device, storage string) error {
 const (
 	nvmet = "/sys/kernel/config/nvmet"
 	port  = nvmet + "/ports/1"
-	// hostNQN names the one host that connects, in the form that the NVMe specification gives for a uuid.
-	hostNQN = "nqn.2014-08.org.nvmexpress:uuid:5709f1c0-d3a8-4d0f-a9d6-fe1a6a7f0b11"
+	// hostID and hostNQN name the one host that connects, in the form that the NVMe specification gives for a uuid. Newer kernels want both
+	// where one of them is given.
+	hostID  = "5709f1c0-d3a8-4d0f-a9d6-fe1a6a7f0b11"
+	hostNQN = "nqn.2014-08.org.nvmexpress:uuid:" + hostID
 )
 
 // startTarget makes the kernel's NVMe target, once in a boot.
@@ -287,7 +297,7 @@ func connect(d channel.Disk, storage string) error {
 		return err
 	}
 	defer fabrics.Close()
-	_, err = fmt.Fprintf(fabrics, "transport=tcp,traddr=127.0.0.1,trsvcid=4420,nqn=%s,hostnqn=%s,nr_io_queues=1,ctrl_loss_tmo=-1", nqn, hostNQN)
+	_, err = fmt.Fprintf(fabrics, "transport=tcp,traddr=127.0.0.1,trsvcid=4420,nqn=%s,hostnqn=%s,hostid=%s,nr_io_queues=1,ctrl_loss_tmo=-1", nqn, hostNQN, hostID)
 	if err != nil {
 		return fmt.Errorf("cannot connect: %w", err)
 	}

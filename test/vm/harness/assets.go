@@ -46,6 +46,7 @@ type Assets struct {
 	Repo   string // top of the agent's tree
 
 	dir      string
+	tree     string                   // what goes onto the boot disk
 	snapshot func() (snapshot, error) // takes it when it is first asked for
 	making   sync.Mutex               // make's folder build
 }
@@ -95,6 +96,7 @@ func Prepare(ctx context.Context, step Step, packages ...string) (*Assets, error
 		Guest: filepath.Join(dir, "guest"),
 		KMS:   filepath.Join(cache, "tools", "kms"),
 		IMDS:  filepath.Join(cache, "tools", "imds"),
+		tree:  filepath.Join(dir, "tree"),
 	}
 	a.snapshot = sync.OnceValues(a.takeSnapshot)
 	if err := a.prepare(ctx, step, cache, packages); err != nil {
@@ -122,37 +124,67 @@ func (a *Assets) prepare(ctx context.Context, step Step, cache string, packages 
 	}
 	done()
 
-	image, err := buildImage(ctx, step, cache, strings.Join(packages, " "))
-	if err != nil {
-		return err
-	}
-	a.Kernel = filepath.Join(image, "vmlinuz")
-
 	done = step("building the agent")
-	tree := filepath.Join(a.dir, "tree")
-	story := filepath.Join(tree, "usr/local/lib/story")
+	story := filepath.Join(a.tree, "usr/local/lib/story")
 	err = errors.Join(
-		a.BuildPackage(ctx, "deb", filepath.Join(tree, Package)),
+		a.BuildPackage(ctx, "deb", filepath.Join(a.tree, Package)),
 		// Not in PATH: a story links the AWS CLI where it plays an administrator, and starts the agent that stops at steps by name; the
 		// benchmark does so with what it measures the agent against.
 		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-o", filepath.Join(story, "aws"), "./test/vm/awscli"),
 		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-o", filepath.Join(story, "floor"), "./test/vm/floor"),
 		command(ctx, a.Repo, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-tags", "holdsteps", "-ldflags", "-s -w",
 			"-o", filepath.Join(story, "luks-kms-agent-hold"), "./cmd/luks-kms-agent"),
+		a.addStoryFiles(a.tree),
 	)
 	if err != nil {
 		return err
 	}
 	done()
-	done = step("installing the agent on the boot disk")
-	defer done()
+	return a.makeBootDisk(ctx, step, cache, bookworm, packages)
+}
+
+// The releases of Debian that nodes are made of: 12, of which all stories are, and the next.
+const (
+	bookworm = "bookworm"
+	Trixie   = "trixie"
+)
+
+// Userland returns what nodes of another release of Debian are made of: its kernel, and a boot disk of its programs, onto which its dpkg
+// put the same package of the agent. [Assets.Close] removes it too.
+func (a *Assets) Userland(ctx context.Context, step Step, suite string) (*Assets, error) {
+	cache, err := cacheDir()
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := lockCache(cache)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	dir := filepath.Join(a.dir, suite)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return nil, err
+	}
+	b := &Assets{
+		Repo: a.Repo, Guest: a.Guest, KMS: a.KMS, IMDS: a.IMDS, Logs: a.Logs, Root: filepath.Join(dir, "root.img"),
+		dir: dir, tree: a.tree,
+		snapshot: func() (snapshot, error) { return snapshot{}, fmt.Errorf("there is no snapshot of %s: boot it", suite) },
+	}
+	return b, b.makeBootDisk(ctx, step, cache, suite, nil)
+}
+
+// makeBootDisk makes the boot disk of a release of Debian, with the agent on it, and finds its kernel.
+func (a *Assets) makeBootDisk(ctx context.Context, step Step, cache, suite string, packages []string) error {
+	image, err := buildImage(ctx, step, cache, suite, strings.Join(packages, " "))
+	if err != nil {
+		return err
+	}
+	a.Kernel = filepath.Join(image, "vmlinuz")
+	defer step("installing the agent on the boot disk of " + suite)()
 	if err := command(ctx, a.dir, "cp", "--sparse=always", filepath.Join(image, "root.img"), a.Root); err != nil {
 		return err
 	}
-	if err := a.addStoryFiles(tree); err != nil {
-		return err
-	}
-	if err := inject(ctx, a.Root, tree); err != nil {
+	if err := inject(ctx, a.Root, a.tree); err != nil {
 		return err
 	}
 	return a.installPackage()
@@ -326,14 +358,14 @@ func inject(ctx context.Context, image, tree string) error {
 }
 
 // buildImage makes the boot disk without the agent, or finds it in the cache under the hash of its inputs.
-func buildImage(ctx context.Context, step Step, cache, packages string) (string, error) {
-	sources, err := aptSources()
+func buildImage(ctx context.Context, step Step, cache, suite, packages string) (string, error) {
+	sources, err := aptSources(suite)
 	if err != nil {
 		return "", err
 	}
 	aptConf := aptSettings(ctx)
 	hash := sha256.New()
-	for _, input := range [][]byte{imageScript, sources, []byte(packages)} {
+	for _, input := range [][]byte{imageScript, []byte(suite), sources, []byte(packages)} {
 		fmt.Fprintf(hash, "%d\n", len(input))
 		hash.Write(input)
 	}
@@ -341,7 +373,7 @@ func buildImage(ctx context.Context, step Step, cache, packages string) (string,
 	if _, err := os.Stat(filepath.Join(dir, "root.img")); err == nil {
 		return dir, nil
 	}
-	defer step("building the VM image (once)")()
+	defer step("building the VM image of " + suite + " (once)")()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
@@ -355,7 +387,7 @@ func buildImage(ctx context.Context, step Step, cache, packages string) (string,
 	list := ""
 	err = errors.Join(writeFile(script, imageScript, 0o644), writeFile(settings, aptConf, 0o644))
 	if len(sources) > 0 {
-		list = filepath.Join(inputs, "bookworm.sources")
+		list = filepath.Join(inputs, suite+".sources")
 		err = errors.Join(err, writeFile(list, sources, 0o644))
 	}
 	// apt drops its privileges to read these.
@@ -363,17 +395,17 @@ func buildImage(ctx context.Context, step Step, cache, packages string) (string,
 	if err != nil {
 		return "", err
 	}
-	if err := asRoot(ctx, "sh", script, dir, list, settings, packages); err != nil {
+	if err := asRoot(ctx, "sh", script, dir, suite, list, settings, packages); err != nil {
 		return "", fmt.Errorf("cannot build the VM image: %w", err)
 	}
 	return dir, nil
 }
 
-// aptSources returns the machine's own apt sources for bookworm, so that its choice of mirror is honoured, or nothing on
-// a machine of another release.
-func aptSources() ([]byte, error) {
+// aptSources returns the machine's own apt sources, for a suite, so that its choice of mirror is honoured, or nothing on a machine that
+// is not of bookworm.
+func aptSources(suite string) ([]byte, error) {
 	release, err := os.ReadFile("/etc/os-release")
-	if err != nil || !bytes.Contains(release, []byte("VERSION_CODENAME=bookworm")) {
+	if err != nil || !bytes.Contains(release, []byte("VERSION_CODENAME="+bookworm)) {
 		return nil, nil // not Debian 12: mmdebstrap knows Debian's mirror
 	}
 	files, err := filepath.Glob("/etc/apt/sources.list.d/*.sources")
@@ -393,7 +425,7 @@ func aptSources() ([]byte, error) {
 		}
 	}
 	if deb822.Len() > 0 {
-		return deb822.Bytes(), nil
+		return bytes.ReplaceAll(deb822.Bytes(), []byte(bookworm), []byte(suite)), nil
 	}
 	files, err = filepath.Glob("/etc/apt/sources.list.d/*.list")
 	if err != nil {
@@ -410,7 +442,7 @@ func aptSources() ([]byte, error) {
 			}
 		}
 	}
-	return oneLine.Bytes(), nil
+	return bytes.ReplaceAll(oneLine.Bytes(), []byte(bookworm), []byte(suite)), nil
 }
 
 // suites says whether a stanza or line of apt's sources names a suite of bookworm on a line with a prefix.
@@ -420,7 +452,7 @@ func suites(text, prefix string) bool {
 			continue
 		}
 		for _, word := range strings.Fields(line) {
-			if strings.TrimSuffix(strings.TrimSuffix(word, "-updates"), "-security") == "bookworm" {
+			if strings.TrimSuffix(strings.TrimSuffix(word, "-updates"), "-security") == bookworm {
 				return true
 			}
 		}

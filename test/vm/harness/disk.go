@@ -148,6 +148,15 @@ func (n *Node) Detach(names ...string) { n.tb.Helper(); n.tellGuest("detach", na
 // Attach brings disks to the running node that were detached, or away, in this order.
 func (n *Node) Attach(names ...string) { n.tb.Helper(); n.tellGuest("attach", names...) }
 
+// AttachForGood is Attach of disks that were away, and are not at later boots.
+func (n *Node) AttachForGood(names ...string) {
+	n.tb.Helper()
+	for _, name := range names {
+		n.disk(name).Away = false
+	}
+	n.Attach(names...)
+}
+
 // Replace puts a blank disk with another serial in the place of one that is detached, or of a node that is switched off, as a
 // stop of the instance does with instance store.
 func (n *Node) Replace(name, serial string) {
@@ -182,7 +191,7 @@ func (n *Node) tellGuest(what string, names ...string) {
 
 // writeManifest writes the disk that tells the guest what to be.
 func (n *Node) writeManifest() error {
-	manifest := channel.Manifest{Files: n.files}
+	manifest := channel.Manifest{Tree: n.tree, Files: n.files}
 	for _, d := range n.disks {
 		disk := channel.Disk{Virtio: d.Name, Model: d.Model, Serial: d.Serial, Loop: d.Loop, SectorSize: d.SectorSize, Away: d.Away}
 		if d.Faulty || d.Size != 0 {

@@ -1,16 +1,15 @@
 #!/bin/sh
 # Builds the root disk that every VM of the stories starts from, and its kernel:
 #
-#   image.sh OUTDIR SOURCES APTCONF MORE
+#   image.sh OUTDIR SUITE SOURCES APTCONF MORE
 #
-# writes OUTDIR/root.img (raw, one partition with ext4) and OUTDIR/vmlinuz. Runs as root. SOURCES is a file of apt
-# sources for bookworm, or "" for mmdebstrap's default mirror; APTCONF is a file of apt settings (proxies); MORE are packages
+# writes OUTDIR/root.img (raw, one partition with ext4) and OUTDIR/vmlinuz. Runs as root. SUITE is Debian's release; SOURCES is a file of apt
+# sources for it, or "" for mmdebstrap's default mirror; APTCONF is a file of apt settings (proxies); MORE are packages
 # besides those that every story needs. Nothing of the agent is in here: what changes with every commit is laid on top later, so that this is built once.
 set -eu
 export LC_ALL=C PATH="/usr/sbin:/sbin:$PATH"
 
-out=$1 sources=$2 aptconf=$3 more=$4
-suite=bookworm
+out=$1 suite=$2 sources=$3 aptconf=$4 more=$5
 
 # strace, procps: the stories look at processes. rpm: one installs our package with it. gdisk etc. are not needed: sfdisk of the host partitions the disk.
 packages='systemd systemd-sysv udev dbus kmod linux-image-cloud-amd64 cryptsetup-bin dmsetup e2fsprogs xfsprogs

@@ -50,6 +50,7 @@ type Node struct {
 	disks   []Disk
 	faults  map[string][]Fault // by disk
 	files   []channel.File
+	tree    []byte // what the next boot disk has of the last one
 	vm      *machine
 	boots   int
 	others  map[string]string // servers on the host, by their address in the guest
@@ -151,6 +152,7 @@ func (n *Node) launch(h hardware) {
 	if err := n.writeManifest(); err != nil {
 		n.tb.Fatalf("cannot write the manifest: %v", err)
 	}
+	n.tree = nil
 	h.others = n.others
 	h.socket, h.console, h.said = filepath.Join(n.dir, fmt.Sprintf("channel-%d", n.boots)), n.console(), filepath.Join(n.logs, "qemu.log")
 	h.imds, h.kms, h.kmsTLS, h.boot = n.servers.imdsAddr, n.servers.kmsAddr, n.servers.tlsAddr, n.overlay()

@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"encoding/base64"
 	"errors"
 	"maps"
 	"os"
@@ -87,6 +88,20 @@ func (n *Node) NewBootDisk() {
 	if err := errors.Join(os.Remove(n.overlay()), createOverlay("raw", n.assets.Root, n.overlay())); err != nil {
 		n.tb.Fatalf("cannot create the boot disk: %v", err)
 	}
+}
+
+// Become switches a running node off and gives it a new boot disk of another userland, as an upgrade of the distribution does: the agent's
+// records, logs and configuration stay, and so do the disks and who the node is.
+func (n *Node) Become(userland *Assets) {
+	n.tb.Helper()
+	kept := n.Sh("tar -C / -cz var/lib/luks-kms-agent var/log/luks-kms-agent etc/luks-kms-agent | base64 -w0")
+	tree, err := base64.StdEncoding.DecodeString(kept)
+	if err != nil {
+		n.tb.Fatalf("%v", err)
+	}
+	n.PowerOff()
+	n.assets, n.tree = userland, tree
+	n.NewBootDisk()
 }
 
 // BecomeInstance gives a node that is switched off another instance id: it is a clone of itself then.

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 
@@ -11,9 +12,11 @@ import (
 )
 
 func main() {
-	assets, err := harness.Prepare(context.Background(), harness.Announce(os.Stdout))
+	ctx, step := context.Background(), harness.Announce(os.Stdout)
+	assets, err := harness.Prepare(ctx, step)
 	if err == nil {
-		err = assets.Close()
+		_, err = assets.Userland(ctx, step, harness.Trixie)
+		err = errors.Join(err, assets.Close())
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "prepare:", err)

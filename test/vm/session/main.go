@@ -131,15 +131,17 @@ func record(t harness.TB) {
 
 // run returns what a step printed, without what a terminal keeps to itself.
 func (s step) run(t harness.TB, n *harness.Node, key string) string {
+	// The guest's channel is a service, and what it starts would log as one.
+	const shell = "unset INVOCATION_ID; cd /root; "
 	var r harness.Result
 	switch {
 	case s.terminal:
 		// What it says of its progress is taken away from a terminal, and not said to a file.
-		r = n.Try("cd /root; script -qec 'stty cols 100 rows 50; NO_COLOR=1 TERM=xterm " + s.command + " 2>/run/session' /dev/null; code=$?; cat /run/session; exit $code")
+		r = n.Try(shell + "script -qec 'stty cols 100 rows 50; NO_COLOR=1 TERM=xterm " + s.command + " 2>/run/session' /dev/null; code=$?; cat /run/session; exit $code")
 	case s.command == withKey:
-		r = n.TryWith([]byte(key+"\n"), s.command+" 2>&1")
+		r = n.TryWith([]byte(key+"\n"), shell+s.command+" 2>&1")
 	default:
-		r = n.Try("cd /root; { " + s.command + "; } 2>&1")
+		r = n.Try(shell + "{ " + s.command + "; } 2>&1")
 	}
 	said := strings.ReplaceAll(r.Stdout+r.Stderr, "\r", "")
 	switch {

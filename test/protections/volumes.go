@@ -23,7 +23,7 @@ func inStripe() []protection {
 		one("somebody else's array is not ours",
 			file, `plain != stripeName ||`, `plain == "" ||`, "./volumes TestParseMember"),
 		one("only a disk of the stripe that was cut is cleared",
-			file, `now.Stripe != id {`, `false {`, "./volumes TestClearMember"),
+			file, `now.Stripe != id {`, `now.Stripe == "" {`, "./volumes TestClearMember"),
 	}
 }
 

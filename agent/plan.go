@@ -211,7 +211,7 @@ func (d *decision) device(dev DeviceFacts) Action {
 	if d.policy(dev.Device) == PolicyIgnore {
 		return leave("the configuration says %s: ignore", policyField(dev.Class))
 	}
-	if _, ok := d.assembled(dev.Member.Stripe); ok {
+	if d.assembled(dev.Member.Stripe) {
 		a.Volume = keycache.VolumeRecord{} // what was on the disk went before it became part of the stripe
 		return leave("part of the stripe %s (%s)", dev.Member.Stripe, dev.Member.Array)
 	}

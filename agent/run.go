@@ -205,10 +205,16 @@ func (n *Node) pass(ctx context.Context, store *keycache.Store, keys *keyring, c
 	})
 	report.Outcomes = append(earlier, outcomes...)
 
-	for _, d := range facts.Devices {
-		seen = append(seen, d.Device)
+	return facts.disks(), nil
+}
+
+// disks are the devices alone.
+func (f Facts) disks() []volumes.Device {
+	all := make([]volumes.Device, len(f.Devices))
+	for i, d := range f.Devices {
+		all[i] = d.Device
 	}
-	return seen, nil
+	return all
 }
 
 // attachedAnew says whether what failed was about a disk that went and has come again.

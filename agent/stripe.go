@@ -39,13 +39,12 @@ func (d *decision) stripe() {
 	}
 }
 
-// assembled finds the stripe of that UUID.
-func (f Facts) assembled(id string) (DeviceFacts, bool) {
-	i := slices.IndexFunc(f.Devices, func(d DeviceFacts) bool { return len(d.Members) > 0 && d.Identity == id })
-	if id == "" || i < 0 {
-		return DeviceFacts{}, false
-	}
-	return f.Devices[i], true
+// isStripe says whether a device is the stripe of that UUID, assembled.
+func isStripe(d volumes.Device, id string) bool { return len(d.Members) > 0 && d.Identity == id }
+
+// assembled says whether the stripe of that UUID is there.
+func (f Facts) assembled(id string) bool {
+	return slices.ContainsFunc(f.Devices, func(d DeviceFacts) bool { return isStripe(d.Device, id) })
 }
 
 // showsMember says whether a disk shows that it is part of the stripe of that UUID.
@@ -55,11 +54,7 @@ func (f Facts) showsMember(id string) bool {
 
 // describeStripe says of a stripe that is not assembled what there is of it.
 func (f Facts) describeStripe(id string) string {
-	disks := make([]volumes.Device, len(f.Devices))
-	for i, d := range f.Devices {
-		disks[i] = d.Device
-	}
-	return describeMembers(id, membersOf(disks)[id])
+	return describeMembers(id, membersOf(f.disks())[id])
 }
 
 func describeMembers(id string, members []volumes.Device) string {
@@ -144,11 +139,10 @@ func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done [
 			if runs(scan, id) || slices.ContainsFunc(done, func(s Striped) bool { return s.UUID == id }) || slices.ContainsFunc(members, n.isExcluded) {
 				continue
 			}
-			if len(members) < members[0].Member.Disks && cut != nil && cut.UUID == id {
-				continue
-			}
 			if len(members) < members[0].Member.Disks {
-				missing = errors.Join(missing, &RefusedError{Refusal: RefusedStripe, Device: members[0].Path, Reason: "its stripe cannot be assembled: " + describeMembers(id, members)})
+				if cut == nil || cut.UUID != id {
+					missing = errors.Join(missing, &RefusedError{Refusal: RefusedStripe, Device: members[0].Path, Reason: "its stripe cannot be assembled: " + describeMembers(id, members)})
+				}
 				continue
 			}
 			n.tell("Assembling stripe " + id)
@@ -159,7 +153,7 @@ func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done [
 				return done, err
 			}
 			n.log.Info("stripe assembled", zap.String("stripe", id), zap.Int("disks", len(members)))
-			done = append(done, Striped{UUID: id, Disks: paths(members)})
+			done = append(done, Striped{UUID: id, Disks: volumes.Paths(members)})
 		}
 		if missing == nil && !unannounced || !n.now().Before(deadline) || ctx.Err() != nil {
 			if missing != nil {
@@ -174,13 +168,13 @@ func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done [
 
 // runs says whether the stripe of that UUID is assembled.
 func runs(scan volumes.Scan, id string) bool {
-	return slices.ContainsFunc(scan.Devices, func(d volumes.Device) bool { return len(d.Members) > 0 && d.Identity == id })
+	return slices.ContainsFunc(scan.Devices, func(d volumes.Device) bool { return isStripe(d, id) })
 }
 
 // settleIntent ends what an earlier call began: the stripe is whole, or its disks are made blank again.
 func (n *Node) settleIntent(ctx context.Context, store *keycache.Store, f Facts) error {
 	intent := *f.Records.Stripe
-	if _, whole := f.assembled(intent.UUID); whole {
+	if f.assembled(intent.UUID) {
 		return store.RemoveStripe()
 	}
 	refuse := func(d DeviceFacts, format string, args ...any) error {
@@ -276,16 +270,8 @@ func (n *Node) makeStripe(ctx context.Context, store *keycache.Store, p Plan) (*
 	}
 	n.reached(stepStripeMade)
 	n.log.Info("stripe made", zap.String("stripe", intent.UUID), zap.String("disks", strings.Join(intent.Members, ", ")))
-	made := &Striped{UUID: intent.UUID, Disks: paths(members), Made: true}
+	made := &Striped{UUID: intent.UUID, Disks: volumes.Paths(members), Made: true}
 	return made, store.RemoveStripe()
-}
-
-func paths(disks []volumes.Device) []string {
-	var all []string
-	for _, d := range disks {
-		all = append(all, d.Path)
-	}
-	return all
 }
 
 // stripes is what the agent asks of md.

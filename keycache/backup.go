@@ -304,12 +304,9 @@ func (n *BackupNote) validate() error {
 func (s *Store) PutBackup(n BackupNote) error {
 	path := s.backupPath(n.UUID)
 	n.Version, n.Time = RecordVersion, n.Time.UTC()
-	if err := n.validate(); err != nil {
-		return storeError("write", path, err)
-	}
-	data, err := encode(n)
+	data, err := fileOf(path, &n)
 	if err != nil {
-		return storeError("write", path, err)
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -398,6 +398,19 @@ func (s *Store) readFile(path string) ([]byte, error) {
 	return data, nil
 }
 
+// fileOf is what is to be written of a record: a *StoreError where it could not be read again.
+func fileOf(path string, record interface{ validate() error }) ([]byte, error) {
+	err := record.validate()
+	var data []byte
+	if err == nil {
+		data, err = encode(record)
+	}
+	if err != nil {
+		return nil, storeError("write", path, err)
+	}
+	return data, nil
+}
+
 // PutKey stores a new key record and reads it back. Version 0 is taken as
 // RecordVersion. It never overwrites: a record of that ID, readable or not, is
 // a *StoreError with fs.ErrExist. On any other error the record may be there
@@ -408,12 +421,9 @@ func (s *Store) PutKey(r KeyRecord) error {
 		r.Version = RecordVersion
 	}
 	r.Created = r.Created.UTC()
-	if err := r.validate(); err != nil {
-		return storeError("write", path, err)
-	}
-	data, err := encode(r)
+	data, err := fileOf(path, &r)
 	if err != nil {
-		return storeError("write", path, err)
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -437,12 +447,9 @@ func (s *Store) PutKey(r KeyRecord) error {
 func (s *Store) ReplaceKey(r KeyRecord, why string) error {
 	path := s.keyPath(r.ID)
 	r.Created = r.Created.UTC()
-	if err := r.validate(); err != nil {
-		return storeError("write", path, err)
-	}
-	data, err := encode(r)
+	data, err := fileOf(path, &r)
 	if err != nil {
-		return storeError("write", path, err)
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -477,12 +484,9 @@ func (s *Store) PutVolume(r VolumeRecord) error {
 		r.Version = r.version()
 	}
 	r.Created, r.Changed = r.Created.UTC(), r.Changed.UTC()
-	if err := r.validate(); err != nil {
-		return storeError("write", path, err)
-	}
-	data, err := encode(r)
+	data, err := fileOf(path, &r)
 	if err != nil {
-		return storeError("write", path, err)
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -37,12 +37,9 @@ func (r *StripeRecord) validate() error {
 func (s *Store) PutStripe(r StripeRecord) error {
 	path := filepath.Join(s.dir, stripeFile)
 	r.Version, r.Created = RecordVersion, r.Created.UTC()
-	if err := r.validate(); err != nil {
-		return storeError("write", path, err)
-	}
-	data, err := encode(r)
+	data, err := fileOf(path, &r)
 	if err != nil {
-		return storeError("write", path, err)
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

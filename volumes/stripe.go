@@ -17,8 +17,8 @@ import (
 // stripeName is the name that every stripe has in its members' superblocks, by which it is told from other people's arrays.
 const stripeName = "luks-kms-agent"
 
-// StripePath is the link to the stripe that udev, or mdadm where there is no udev, makes.
-const StripePath = "/dev/md/" + stripeName
+// stripePath is the link to the stripe that udev, or mdadm where there is no udev, makes.
+const stripePath = "/dev/md/" + stripeName
 
 // Member says of which stripe a disk is part; the zero value: of none.
 type Member struct {
@@ -124,8 +124,8 @@ func (n *node) isArray() bool { return n.hasPrefix("md") || strings.HasPrefix(n.
 // and others without. Errors: ErrNoProgram.
 func MakeStripe(ctx context.Context, id string, members []Device) error {
 	// --homehost=any: an array of this name is the node's own, whatever the node is called by then.
-	return mdadm(ctx, "make", id, slices.Concat([]string{"--create", StripePath, "--homehost=any", "--name=" + stripeName, "--metadata=1.2", "--level=0",
-		"--uuid=" + id, "--raid-devices=" + strconv.Itoa(len(members))}, paths(members)))
+	return mdadm(ctx, "make", id, slices.Concat([]string{"--create", stripePath, "--homehost=any", "--name=" + stripeName, "--metadata=1.2", "--level=0",
+		"--uuid=" + id, "--raid-devices=" + strconv.Itoa(len(members))}, Paths(members)))
 }
 
 // AssembleStripe starts the array of that UUID, of members that a scan found. An array of it that does not run, as mdadm's udev rules leave one that they
@@ -136,7 +136,7 @@ func AssembleStripe(ctx context.Context, id string, members []Device) error {
 			return err
 		}
 	}
-	return mdadm(ctx, "assemble", id, slices.Concat([]string{"--assemble", StripePath, "--homehost=any", "--uuid=" + id}, paths(members)))
+	return mdadm(ctx, "assemble", id, slices.Concat([]string{"--assemble", stripePath, "--homehost=any", "--uuid=" + id}, Paths(members)))
 }
 
 // StopArray gives up the array that a disk was seen in, which does not run. Errors: ErrNoProgram.
@@ -183,7 +183,8 @@ func CheckStripe() error {
 	return nil
 }
 
-func paths(devices []Device) []string {
+// Paths are the paths of devices, in their order.
+func Paths(devices []Device) []string {
 	var all []string
 	for _, d := range devices {
 		all = append(all, d.Path)

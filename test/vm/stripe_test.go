@@ -5,7 +5,6 @@ package vm_test
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
 )
@@ -119,9 +118,7 @@ func TestStripeCut(t *testing.T) {
 		n.Boot()
 		n.AwaitAgent()
 		n.Write("/root/striping.yaml", 0o600, striping)
-		n.Write("/run/luks-kms-agent.hold", 0o600, step)
-		n.Sh("systemd-run --unit=cut " + harness.HoldingAgent + " stripe --config /root/striping.yaml")
-		n.Await("the agent stands at: "+step, time.Minute, func() bool { return n.Try("test -e /run/luks-kms-agent.held").Code == 0 })
+		n.HoldCommand(step, "stripe --config /root/striping.yaml")
 		n.PowerCut()
 	}
 	boot := func(when string) {

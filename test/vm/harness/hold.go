@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// HoldingAgent is the agent with the build tag holdsteps, which writes down the steps of a run and stops at one of them.
-const HoldingAgent = "/usr/local/lib/story/luks-kms-agent-hold"
+// holdingAgent is the agent with the build tag holdsteps, which writes down the steps of a run and stops at one of them.
+const holdingAgent = "/usr/local/lib/story/luks-kms-agent-hold"
 
 // Nowhere lets HoldAt only have the steps written down.
 const Nowhere = "record"
@@ -16,7 +16,7 @@ const Nowhere = "record"
 func (n *Node) HoldAt(step string) {
 	n.tb.Helper()
 	n.Write("/run/luks-kms-agent.hold", 0o600, step)
-	n.Write("/run/systemd/system/luks-kms-agent.service.d/hold.conf", 0o644, "[Service]\nExecStart=\nExecStart="+HoldingAgent+" run\n")
+	n.Write("/run/systemd/system/luks-kms-agent.service.d/hold.conf", 0o644, "[Service]\nExecStart=\nExecStart="+holdingAgent+" run\n")
 	n.Sh("rm -f /run/luks-kms-agent.steps /run/luks-kms-agent.held; systemctl daemon-reload")
 }
 

@@ -144,7 +144,7 @@ func (n *Node) HoldCommand(step, arguments string) (pid string) {
 	n.Sh("rm -f /run/luks-kms-agent.held; printf %s '" + step + "' >/run/luks-kms-agent.hold; " +
 		"systemd-run --quiet --collect --unit=" + heldUnit + " -p LimitMEMLOCK=infinity -p LimitCORE=infinity -p CapabilityBoundingSet=~CAP_SYS_PTRACE " +
 		// With GOTRACEBACK=crash a Go program that crashes wants to leave a core.
-		"-E GOTRACEBACK=crash -E STORY='" + inMemory + "' " + HoldingAgent + " " + arguments)
+		"-E GOTRACEBACK=crash -E STORY='" + inMemory + "' " + holdingAgent + " " + arguments)
 	n.Await("the agent is at the step "+step, 2*time.Minute, func() bool {
 		if n.Try("test -e /run/luks-kms-agent.held").Code == 0 {
 			return true

@@ -98,8 +98,9 @@ func (n *Node) Stripe(ctx context.Context) (done []Striped, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if done, err = n.assemble(ctx, records.Stripe); err != nil || n.cfg.Stripe != On && records.Stripe == nil {
-		return done, err
+	done, scan, err := n.assemble(ctx, records.Stripe)
+	if err != nil || records.Stripe == nil && (n.cfg.Stripe != On || !mayStripe(scan)) {
+		return done, err // IMDS is not asked, nor the disks read, at a boot that has nothing to make
 	}
 	facts, err := n.observe(ctx, store, nil)
 	if err != nil {
@@ -120,13 +121,13 @@ func (n *Node) Stripe(ctx context.Context) (done []Striped, err error) {
 	return done, err
 }
 
-// assemble starts every stripe that does not run and whose disks are all there. Those of one that was never whole are not waited for.
-func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done []Striped, err error) {
+// assemble starts every stripe that does not run and whose disks are all there. Those of one that was never whole are not waited for. It returns
+// what it saw last.
+func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done []Striped, scan volumes.Scan, err error) {
 	deadline := n.now().Add(n.cfg.DeviceWait)
 	for {
-		scan, err := n.scan(ctx)
-		if err != nil {
-			return done, err
+		if scan, err = n.scan(ctx); err != nil {
+			return done, scan, err
 		}
 		var missing error
 		unannounced := false
@@ -150,7 +151,7 @@ func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done [
 				if now, errScan := n.scan(ctx); errScan == nil && runs(now, id) {
 					continue // udev was quicker
 				}
-				return done, err
+				return done, scan, err
 			}
 			n.log.Info("stripe assembled", zap.String("stripe", id), zap.Int("disks", len(members)))
 			done = append(done, Striped{UUID: id, Disks: volumes.Paths(members)})
@@ -159,11 +160,22 @@ func (n *Node) assemble(ctx context.Context, cut *keycache.StripeRecord) (done [
 			if missing != nil {
 				n.log.Warn("a stripe is not whole", zap.Error(missing))
 			}
-			return done, errors.Join(missing, ctx.Err())
+			return done, scan, errors.Join(missing, ctx.Err())
 		}
 		systemd.ExtendTimeout(time.Minute)
 		time.Sleep(devicePoll)
 	}
+}
+
+// mayStripe says whether there are disks of which a stripe could be made, as far as a scan tells.
+func mayStripe(scan volumes.Scan) bool {
+	free := 0
+	for _, d := range scan.Devices {
+		if d.Class == volumes.ClassInstanceStore && len(d.Uses) == 0 && d.Member.Stripe == "" && len(d.Members) == 0 {
+			free++
+		}
+	}
+	return free >= 2
 }
 
 // runs says whether the stripe of that UUID is assembled.

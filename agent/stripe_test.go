@@ -335,6 +335,18 @@ func TestSealedImageHasNoStripe(t *testing.T) {
 	}
 }
 
+// A boot at which nothing is to be made does not wait for IMDS.
+func TestStripeThatWasMadeNeedsNoIMDS(t *testing.T) {
+	m, _ := striped(t)
+	m.stripe()
+	m.runOK()
+	m.reboot()
+	asked := len(m.imds.Requests())
+	if done := m.stripe(); len(done) != 1 || len(m.imds.Requests()) != asked {
+		t.Errorf("assembled %+v, and IMDS was asked %v", done, m.imds.Requests()[asked:])
+	}
+}
+
 // udev may assemble the stripe just before the agent does.
 func TestStripeThatUdevAssembles(t *testing.T) {
 	m, _ := striped(t)

@@ -61,7 +61,7 @@ test-unit: ## unit tests: no root, no VM, no AWS
 	  | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
 
 test-vm: ## the stories, in QEMU with EC2's disks, IMDS and a KMS (VM_ACCEL=kvm: with hardware virtualisation)
-	@$(GO) test -json -v -count=1 -timeout 80m -tags vm -parallel 2 ./test/vm | $(GO) run $(TALLY) -live $(if $(COUNTS),-to $(COUNTS))
+	@$(GO) test -json -v -count=1 -timeout 80m -tags vm -parallel 3 ./test/vm | $(GO) run $(TALLY) -live $(if $(COUNTS),-to $(COUNTS))
 
 # All parts run, also after one has failed. A part that fails before it could count counts as one failed test.
 test: ## lint, unit tests and VM stories; the last line counts the tests

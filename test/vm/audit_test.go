@@ -62,7 +62,7 @@ func wantInJournal(t *testing.T, n *harness.Node, lines []agent.AuditLine) {
 // TestAudit: each event of two boots is in the audit log and in the journal, with the id that KMS gave its call; the log is rotated
 // meanwhile; and a full disk costs lines of the log, but no volume.
 func TestAudit(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1, ebs1)
 	to := n.CreateKey(map[string]string{"Description": "the next one"})
 	n.Resume()

@@ -26,7 +26,7 @@ type badInput struct {
 // TestBadInput: whatever is wrong on the node, the exit code and the remedy are right, no disk is written to and no record is
 // lost. What can be wrong with AWS is in TestNetworkFaults.
 func TestBadInput(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "", ssd1, ebs1)
 	n.Provide(harness.ConfigFile, 0o600, "kms_key: [\n") // the service at boot is the first to meet bad input
 	n.Resume()

@@ -19,7 +19,7 @@ const bakeFolder = "/tmp/luks-kms-agent-image"
 // TestBake makes an image with the commands of docs/images.md, of a machine that had volumes, and starts two instances of it: each makes a data key of its
 // own, and has nothing of the builder's. An image that was taken before it was sealed is caught by its instance id.
 func TestBake(t *testing.T) {
-	t.Parallel()
+	leave := parallel(t)
 	builder := unpackaged(t, ebs1, ebs2)
 	blanks := builder.Digests(0)
 	bring(t, builder)
@@ -76,11 +76,12 @@ func TestBake(t *testing.T) {
 	sealed := builder.TakeImage("sealed")
 
 	// The instances start together: the subtests wait for the end of this function.
+	leave()
 	var mu sync.Mutex
 	var keys []harness.KeyRecord
 	for i, name := range []string{"first", "second"} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
+			parallel(t)
 			n := sealed.Launch(t, fmt.Sprintf("i-0c10e000000000%d", i), blank(i))
 			n.Boot()
 			n.AwaitVolumes()
@@ -100,7 +101,7 @@ func TestBake(t *testing.T) {
 		})
 	}
 	t.Run("not sealed", func(t *testing.T) {
-		t.Parallel()
+		parallel(t)
 		n := unsealed.Launch(t, "i-0c10e000000000009", blank(9))
 		n.Boot()
 		n.AwaitVolumes()

@@ -15,7 +15,7 @@ import (
 // TestCommandLine: what is installed beside the program works on a node: man pages, completion of volumes in bash; and what
 // import-emr makes of an EMR security configuration opens the volumes.
 func TestCommandLine(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", ebs1)
 	n.Provide("/usr/share/bash-completion/bash_completion", 0o644, bashCompletion(t))
 	n.Provide("/root/complete", 0o755, `#!/bin/bash

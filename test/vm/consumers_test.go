@@ -50,7 +50,7 @@ var consumers = []struct {
 // boot disk, whatever asks for it, and the boot does without; when KMS is back they start by themselves, after their volumes. At the shutdown each
 // stops before its volumes are unmounted.
 func TestConsumers(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "", ssd1, ebs1)
 	n.Resume()
 	n.AwaitVolumes()

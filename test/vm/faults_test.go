@@ -92,7 +92,7 @@ func wantWhole(t *testing.T, n *harness.Node, points ...string) {
 // TestDiskErrors: disks that cannot be read or written, each in its own way, at first boot and when they have files. The others are
 // made, or opened. Nothing is formatted because of an error, and once the disk is well the next run goes on under the same key.
 func TestDiskErrors(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	var (
 		header = faulty("header", "0aaaaaaaaaaaaaaa1")
 		end    = faulty("end", "0bbbbbbbbbbbbbbb2")
@@ -164,7 +164,7 @@ func TestDiskErrors(t *testing.T) {
 // TestDisksChangeUnderARun: between the plan and the deed lies an answer of KMS. What happens to the disks in that time is
 // noticed: bytes, another disk at the same place, another header, nothing at all. Nothing is written to what changed.
 func TestDisksChangeUnderARun(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	ebs3, ebs4 := harness.EBS("ebs3", "0ccccccccccccccc3"), harness.EBS("ebs4", "0ddddddddddddddd4")
 	points := []string{"/mnt", "/mnt1", "/mnt2", "/mnt3", "/mnt4", "/mnt5"}
 	n := harness.NewNode(t, assets, "filesystem: ext4\ncall_timeout: 2s\ndevice_wait: 0s\n", ssd1, ssd2, ebs1, ebs2, ebs3, ebs4)
@@ -262,7 +262,7 @@ func head(t *testing.T, n *harness.Node, name string) []byte {
 // TestLateDisks: a disk that the configuration names, or a record, is waited for while the others are open already; one that never
 // comes costs the time and nothing else.
 func TestLateDisks(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	const config = "filesystem: ext4\nvolumes:\n  - name: vol-0bbbbbbbbbbbbbbb2\n    mount_point: /data\n"
 	n := harness.NewNode(t, assets, config+"device_wait: 5m\n", ssd1, ebs1, away(ebs2))
 	arrive := func(after time.Duration) {
@@ -308,7 +308,7 @@ func TestLateDisks(t *testing.T) {
 
 // TestOddDisks: sectors of 512 and 4096 bytes, a size that is no multiple of 4096, disks that are read-only or too small.
 func TestOddDisks(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	sized := func(name, id string, size int64) harness.Disk {
 		d := away(harness.EBS(name, id))
 		d.Size = size
@@ -372,7 +372,7 @@ func TestOddDisks(t *testing.T) {
 // instance, and the disks that a stop of the instance leaves. Volumes are adopted by their tokens or refused; none is formatted but
 // instance store that is new.
 func TestClonesAndOldRecords(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	const state = "/var/lib/luks-kms-agent"
 	points := []string{"/mnt", "/mnt1"}
 	n := harness.NewNode(t, assets, "filesystem: ext4\ndevice_wait: 0s\n", ssd1, ebs1, away(ebs2))

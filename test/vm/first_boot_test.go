@@ -15,7 +15,7 @@ import (
 // TestFirstBootAndReboot is the main job: five blank volumes of three kinds become LUKS2 volumes at the first boot, are open
 // again after a reboot under other kernel names, and open with cryptsetup and nothing but what KMS answers.
 func TestFirstBootAndReboot(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, plainAtData, ssd1, ssd2, ebs1, ebs2, plain)
 	points := []string{"/data", "/mnt", "/mnt1", "/mnt2", "/mnt3"}
 
@@ -219,7 +219,7 @@ func wantBreakGlass(t *testing.T, n *harness.Node, v volume) {
 
 // TestEightVolumes is about size: one Decrypt for all of them, within 40 MiB of memory, also while KMS is busy.
 func TestEightVolumes(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	const limit = 40 << 10 // KiB
 	var disks []harness.Disk
 	for i := range 4 {

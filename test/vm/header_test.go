@@ -12,7 +12,7 @@ import (
 // TestHeaderVerbs: headers are backed up while the volumes are in use, and verified. One is destroyed, and restored, with a power cut in the
 // middle. The other volume is wiped, with a power cut in the middle: no run touches it until the wipe is done, and then it is a new volume.
 func TestHeaderVerbs(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "filesystem: ext4\ndevice_wait: 1s\n", ebs1, ebs2)
 	n.Resume()
 	n.AwaitVolumes()

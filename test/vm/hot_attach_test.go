@@ -48,7 +48,7 @@ func wantFailed(t *testing.T, n *harness.Node, failed ...string) {
 // TestHotAttach: ten volumes are attached at once to a running node, locked, detached and attached again; one is taken away without
 // asking; one is foreign. Where the service is not active nothing is touched, and one that comes in the middle of the first run is not missed.
 func TestHotAttach(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	var ten []harness.Disk
 	points := []string{"/mnt"}
 	for i := range 5 {

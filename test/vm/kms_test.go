@@ -10,7 +10,7 @@ import (
 
 // TestKeyScopeVolume: each volume has a data key of its own, and no other opens it.
 func TestKeyScopeVolume(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "key_scope: volume\nfilesystem: ext4\n", ssd1, ebs1, ebs2)
 	n.Resume()
 	n.AwaitVolumes()

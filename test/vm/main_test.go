@@ -6,9 +6,12 @@ package vm_test
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/test/vm/harness"
 )
@@ -16,7 +19,30 @@ import (
 // assets are shared by all stories: made before the first, gone after the last.
 var assets *harness.Assets
 
+var atOnce = flag.Int("at-once", 2, "how many stories work at a time: one for each processor")
+
+// places has room for the stories that work at a time. go test's own -parallel has to be more than -at-once: a story that only
+// waits for time to pass takes no place.
+var places chan struct{}
+
+// parallel makes a story one of those that run beside others, and returns once there is a place for it. A story that goes on in
+// parallel subtests, which take places of their own, gives up its own by leave before them; others have it until their end.
+func parallel(t *testing.T) (leave func()) {
+	t.Helper()
+	t.Parallel()
+	places <- struct{}{}
+	begun := time.Now() // go test's own figure has the wait for the place in it
+	leave = sync.OnceFunc(func() {
+		<-places
+		t.Logf("at work for %v", time.Since(begun).Round(time.Second))
+	})
+	t.Cleanup(leave)
+	return leave
+}
+
 func TestMain(m *testing.M) {
+	flag.Parse()
+	places = make(chan struct{}, *atOnce)
 	var err error
 	if assets, err = harness.Prepare(context.Background(), harness.Announce(os.Stdout)); err != nil {
 		fmt.Fprintln(os.Stderr, "cannot prepare the stories:", err)

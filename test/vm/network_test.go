@@ -469,7 +469,7 @@ func badKeys(n *harness.Node) []trouble {
 // nobody, what a person must change ends at once with the remedy, nothing is formatted or opened by a wrong answer, and the
 // run afterwards is fine. All without a reboot; after it the volumes that were formatted between the faults open.
 func TestNetworkFaults(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "", networkDisks...)
 	blank := n.Digests(0)
 	n.KMS.Inject(denied)
@@ -674,7 +674,7 @@ func withData(t *testing.T, s *stage) {
 // TestDegradedBoot: KMS is away for ten minutes from power on. The boot does not wait for it, the consumers of the volumes
 // do, the agent asks again and again and no more than that, and when KMS is back everything is, without anybody's help.
 func TestDegradedBoot(t *testing.T) {
-	t.Parallel()
+	t.Parallel()                                               // without a place: it mostly waits
 	const outage, longest = 10 * time.Minute, 20 * time.Second // longest: wait between two attempts
 	n := harness.NewNode(t, assets, "", ssd1, ebs1)
 	n.Resume()

@@ -11,7 +11,7 @@ import (
 
 // TestNodeIsLikeEC2 is about the harness: what the other stories believe of a node is so.
 func TestNodeIsLikeEC2(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "", ssd1, ebs1, plain)
 	n.Provide(harness.ConfigFile, 0o600, "the agent stays out of this story")
 	n.Boot()

@@ -151,7 +151,7 @@ func (p *packaged) wantReopened() {
 
 // TestDeb: a node's life under dpkg. No install, upgrade, remove or purge starts or stops anything, touches a volume, or loses a record.
 func TestDeb(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := unpackaged(t, ssd1, ebs1)
 	blank := n.Digests(0)
 	// apt looks at the dependencies, and at what they are called; here it has no network.
@@ -209,7 +209,7 @@ func TestDeb(t *testing.T) {
 
 // TestRPM: the same under rpm, which has no purge.
 func TestRPM(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := unpackaged(t, ssd1, ebs1)
 	blank := n.Digests(0)
 	const rpm = "rpm --force-debian --nodeps "

@@ -26,7 +26,7 @@ const (
 // TestPowerCutAtEveryStep: the power goes at each step of a first boot, and with it what was not flushed. The next boot makes
 // the node whole under one data key, and nothing that was synced on a ready volume is gone.
 func TestPowerCutAtEveryStep(t *testing.T) {
-	t.Parallel()
+	leave := parallel(t)
 	n := harness.NewNode(t, assets, "", ssd1, ebs1)
 	n.Wake()
 	n.HoldAt(harness.Nowhere)
@@ -43,6 +43,7 @@ func TestPowerCutAtEveryStep(t *testing.T) {
 	if len(steps) < 9 {
 		t.Fatalf("only %d steps, and there were 9 once", len(steps))
 	}
+	leave()
 	for i, step := range steps {
 		c := firstBootCut{step: step, keyRecorded: i >= slices.Index(steps, stepKeyRecorded), writes: step == stepWiped}
 		t.Run(step, c.story)
@@ -78,7 +79,7 @@ func wakeWithRecords(n *harness.Node) {
 }
 
 func (c firstBootCut) story(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	disks := []harness.Disk{ssd1, ebs1}
 	if !c.boots {
 		disks = append(disks, records)
@@ -167,7 +168,7 @@ func wantOneKey(t *testing.T, n *harness.Node) {
 
 // TestUnflushedWritesAreLost is about the harness: what was flushed stays, what was not may go, and the log of writes is whole.
 func TestUnflushedWritesAreLost(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "", ssd1, ebs1)
 	n.LoseUnflushed(1)
 	n.Wake() // and the agent stays out of this story

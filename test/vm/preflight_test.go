@@ -18,7 +18,7 @@ import (
 // TestPreflight: a node that is ready says so before it has volumes and when it has them; then one thing after another is not as
 // it should be, and is named. Disks and records stay as they are.
 func TestPreflight(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1)
 	n.Wake()
 	blank := n.Digests(0)

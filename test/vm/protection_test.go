@@ -14,7 +14,7 @@ import (
 
 // TestForeignDataIsRefused: somebody's filesystem, and bytes that nobody knows, stay as they are; the rest of the node works.
 func TestForeignDataIsRefused(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "", ssd1, ebs1, ebs2)
 	n.MakeExt4("ebs1", "precious")
 	n.Fill("ebs2", harness.DiskSize-5<<20, []byte("a few bytes without any signature"))
@@ -38,7 +38,7 @@ func TestForeignDataIsRefused(t *testing.T) {
 
 // TestBootDiskIsNeverACandidate: it looks like any EBS volume and is the only disk; not even by name is it touched.
 func TestBootDiskIsNeverACandidate(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "")
 	n.Boot()
 	n.AwaitVolumes()
@@ -73,7 +73,7 @@ func TestBootDiskIsNeverACandidate(t *testing.T) {
 // TestDamagedAndTamperedHeaders: damage of the first header copy is mended, tampering is refused, and neither keeps the
 // other volumes from opening.
 func TestDamagedAndTamperedHeaders(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, plainAtData, ssd1, ssd2, ebs1, ebs2, plain)
 	n.Boot()
 	n.AwaitVolumes()

@@ -13,7 +13,7 @@ import (
 // TestRecoveryKey: a recovery key is added to volumes in use; KMS says no at the next boot, and the key opens and mounts them; when it is
 // removed it opens nothing.
 func TestRecoveryKey(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1, ebs1)
 	n.Resume()
 	n.AwaitVolumes()

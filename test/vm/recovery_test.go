@@ -23,7 +23,7 @@ func byID(d harness.Disk) string {
 
 // TestRecovery runs every command of docs/recovery.md, and README's, as it stands there, each where it is needed.
 func TestRecovery(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	doc := harness.ReadDocument(t, assets, "docs/recovery.md", "README.md")
 	n := harness.NewNode(t, assets, "device_wait: 1s\n", ebs1, ebs2, copied, theirs)
 	noHotAttach(n)

@@ -15,7 +15,7 @@ const keySlots = "for d in $(lsblk -dnpo NAME | grep -v nvme0n1); do cryptsetup 
 // TestRewrap: the data keys of a running node come under another KMS key, with a power cut between the record and the tokens; then
 // the old KMS key is taken away, and at last the records.
 func TestRewrap(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1, ebs1)
 	n.Boot()
 	n.AwaitVolumes()

@@ -12,7 +12,7 @@ import (
 // TestRotate: the volumes of a running node get a new data key, with a power cut when the first has its new key slot and its old one;
 // somebody's own passphrase stays.
 func TestRotate(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1, ebs1)
 	n.Resume()
 	n.AwaitVolumes()

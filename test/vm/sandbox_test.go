@@ -29,7 +29,7 @@ var forbidden = []string{
 // TestSandbox: the service as it runs is as closed as its file says, is refused what it does not need, and sees which disks the host uses
 // wherever they are mounted: what it must never take for free.
 func TestSandbox(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "", ssd1, ssd2, ebs1, ebs2)
 	for disk, label := range map[string]string{"ssd2": "root", "ebs1": "home", "ebs2": "late"} {
 		n.MakeExt4(disk, label)

@@ -15,7 +15,7 @@ import (
 // TestSecretsAreWiped looks into the memory of the agent: while it has keys, they are kept from swap, core dumps and other
 // processes; once it has wiped them, memory has none in any form, but for what docs/threat-model.md says remains.
 func TestSecretsAreWiped(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	const swapFile, cores = "/swapfile", "/var/cores"
 	swapped := fmt.Sprintf("a string in memory that may be swapped out %d", time.Now().UnixNano())
 	n := harness.NewNode(t, assets, "", ebs1)

@@ -16,7 +16,7 @@ import (
 
 // TestStatusScreen: what status says of real volumes while they are mounted, then locked, then one is away, on a terminal and to programs.
 func TestStatusScreen(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1, ebs1)
 	noHotAttach(n)
 	n.Resume()

@@ -44,7 +44,7 @@ func wantStripe(t *testing.T, n *harness.Node, when, at string, serials ...strin
 // TestStripe: two instance-store volumes become one, by the sandboxed unit, which is formatted, opened at the next boots whoever assembles it, and
 // made anew of other disks after a stop. With a disk taken away it is told, and comes back.
 func TestStripe(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "stripe_instance_store: on\ndevice_wait: 2s\nvolumes:\n  - name: /dev/md/luks-kms-agent\n    mount_point: /scratch\n", ssd1, ssd2, ebs1)
 	noArraysBelow(n)
 	n.Boot()
@@ -104,7 +104,7 @@ func TestStripe(t *testing.T) {
 // TestStripeCut: the power goes while a stripe is made, in the middle of mdadm's work, and before the intent is taken away. Each
 // time the next boot has one stripe of both disks. A disk that shows part of a stripe that nobody has begun to make is left as it is.
 func TestStripeCut(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	const idle = "instance_store: unlock\ndevice_wait: 2s\n"
 	n := harness.NewNode(t, assets, idle, ssd1, ssd2)
 	noArraysBelow(n)

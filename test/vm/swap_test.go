@@ -12,7 +12,7 @@ import (
 // TestSwap: an instance-store volume is encrypted swap, at first boot and after a reboot; what was swapped out does not stand on the
 // disk, and lock takes it back.
 func TestSwap(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "volumes:\n  - name: AWS11111111111111111\n    filesystem: swap\n", ssd1, ebs1)
 	wantSwap := func(when string) {
 		t.Helper()

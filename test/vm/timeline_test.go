@@ -22,7 +22,7 @@ import (
 // TestTimelineAndMetrics: at first boot and at a reboot the node tells where its time went, and a monitor without rights what became of
 // the volumes, also when one is locked by hand.
 func TestTimelineAndMetrics(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", ssd1, ebs1)
 	identities := []string{"AWS11111111111111111", "vol-0aaaaaaaaaaaaaaa1"}
 	n.Resume()

@@ -13,7 +13,7 @@ import (
 // TestNewerUserland: a node goes from Debian 12 to 13 and back, with the records of the one before. What either made, with its kernel,
 // cryptsetup and mkfs, the other opens, rotates and verifies; on 13 the package, the sandboxed units and the udev rule work as on 12.
 func TestNewerUserland(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	trixie, err := assets.Userland(t.Context(), harness.Announce(os.Stdout), harness.Trixie)
 	if err != nil {
 		t.Fatal(err)

@@ -216,7 +216,7 @@ func (a *applier) do(ctx context.Context, act *Action) (err error) {
 		if err := a.maps.Announce(act.OpenAs); err != nil {
 			return err
 		}
-		return a.mount(ctx, *act, act.OpenAs)
+		return a.use(ctx, *act, act.OpenAs, func() (*keycache.Key, keycache.KeyRecord, error) { return a.opener(act.Volume, act.Device.Header) })
 	case Stripe:
 		return &RefusedError{Refusal: RefusedStripe, Device: act.Device.Path, Reason: "the stripe that it is to be part of is not made"}
 	case Refuse:
@@ -293,7 +293,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	}
 	a.audit(Event{Kind: EventVolumeFormatted, Volume: *v, Device: act.Device.Device, Key: keyRecord, RequestID: key.RequestID(), Reason: act.Reason})
 	act.told = true
-	return a.mount(ctx, *act, v.Mapping)
+	return a.use(ctx, *act, v.Mapping, given(key, keyRecord))
 }
 
 // finish makes the filesystem of a volume that was just formatted and opened, and
@@ -432,7 +432,12 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 			return err
 		}
 	}
-	return a.mount(ctx, *act, v.Mapping)
+	return a.use(ctx, *act, v.Mapping, given(key, keyRecord))
+}
+
+// given is a data key that is at hand.
+func given(key *keycache.Key, rec keycache.KeyRecord) opening {
+	return func() (*keycache.Key, keycache.KeyRecord, error) { return key, rec, nil }
 }
 
 // opener gives the data key that opens a ready volume. While the key is being replaced that
@@ -532,7 +537,7 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	if err != nil {
 		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))
 	}
-	return a.mount(ctx, *act, v.Mapping)
+	return a.use(ctx, *act, v.Mapping, given(key, rec))
 }
 
 // filesystemOf finds out which filesystem an open volume has of which no record tells.
@@ -666,6 +671,14 @@ func (a *applier) openOptions(act Action) luks.OpenOptions {
 		Unsealing: func() { a.phase(act, SpanUnseal, "key slot, MAC") },
 		Unsealed:  func() { a.phase(act, SpanMap, "map it") },
 	}
+}
+
+// use mounts an open volume once nothing holds it back; else it closes it.
+func (a *applier) use(ctx context.Context, act Action, mapping string, open opening) error {
+	if err := a.holdBack(ctx, act, open); err != nil {
+		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), mapping))
+	}
+	return a.mount(ctx, act, mapping)
 }
 
 func (a *applier) mount(ctx context.Context, act Action, mapping string) error {

@@ -43,6 +43,7 @@ const (
 	EventRecordArchived           EventKind = "record-archived"
 	EventHeaderRestored           EventKind = "header-restored"
 	EventHeaderBackedUp           EventKind = "header-backed-up"
+	EventHeaderEscrowed           EventKind = "header-escrowed"
 	EventHeaderRestoredFromBackup EventKind = "header-restored-from-backup"
 	EventKeySlotRemoved           EventKind = "key-slot-removed"
 	EventRecoveryKeyAdded         EventKind = "recovery-key-added"

@@ -71,24 +71,14 @@ func BackupName(v keycache.VolumeRecord, at time.Time) string {
 }
 
 func (w *work) backUp(ctx context.Context, t target, path string) error {
-	if _, err := w.inspectTarget(t); err != nil {
-		return err
-	}
 	if err := w.checkPlace(path); err != nil {
 		return err
 	}
-	if t.Volume.Rotation != nil {
-		return fmt.Errorf("cannot back up the header of volume %s: %w", t.Volume.UUID, ErrRotating)
-	}
-	rec, err := w.facts.keyOf(t.Volume)
+	rec, bytes, header, err := w.readHeader(t)
 	if err != nil {
 		return err
 	}
 	key, err := w.keys.get(rec)
-	if err != nil {
-		return err
-	}
-	bytes, header, err := luks.ReadHeader(t.Device.Path)
 	if err != nil {
 		return err
 	}
@@ -120,6 +110,23 @@ func (w *work) backUp(ctx context.Context, t target, path string) error {
 	w.reached(stepBackupNoted)
 	w.audit(Event{Kind: EventHeaderBackedUp, Volume: t.Volume, Device: t.Device, Key: rec, RequestID: key.RequestID(), Reason: path})
 	return nil
+}
+
+// readHeader reads the header of a volume, and finds the record of the data key that opens it.
+func (w *work) readHeader(t target) (keycache.KeyRecord, []byte, *luks.Inspection, error) {
+	var none keycache.KeyRecord
+	if _, err := w.inspectTarget(t); err != nil {
+		return none, nil, nil, err
+	}
+	if t.Volume.Rotation != nil {
+		return none, nil, nil, fmt.Errorf("cannot back up the header of volume %s: %w", t.Volume.UUID, ErrRotating)
+	}
+	rec, err := w.facts.keyOf(t.Volume)
+	if err != nil {
+		return none, nil, nil, err
+	}
+	bytes, header, err := luks.ReadHeader(t.Device.Path)
+	return rec, bytes, header, err
 }
 
 // checkPlace refuses to put a header where only a header leads.

@@ -15,6 +15,7 @@ import (
 	"go.yaml.in/yaml/v3"
 	"golang.org/x/sys/unix"
 
+	"github.com/luks-kms-agent/luks-kms-agent/archive"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 )
 
@@ -84,6 +85,19 @@ type Config struct {
 	DeviceWait    time.Duration  // how long a run waits for volumes that are not there; 0: not at all
 	MultiAttach   MultiAttach    //
 	Stripe        Switch         // whether blank instance-store volumes become one
+	Escrow        EscrowConfig   // where copies of headers and records go
+}
+
+// EscrowConfig says where the node sends copies of its volumes' headers and records: S3, under a customer managed key.
+type EscrowConfig struct {
+	Bucket   string // "": nowhere
+	Prefix   string // of the objects' names: "", or ends with "/"
+	Mode     string // "sse-kms" or "cse-kms"
+	KMSKey   string // key ARN; "": Config.KMSKey
+	Region   string // of the bucket; "": the node's
+	Owner    string // account that the bucket has to belong to; "": any
+	Endpoint string // "": AWS's for the region
+	Required bool   // no volume is mounted before its copy is confirmed
 }
 
 // VolumeConfig is what the configuration says of one volume.
@@ -169,6 +183,7 @@ func defaultConfig(path string) Config {
 		DeviceWait:    30 * time.Second,
 		MultiAttach:   MultiAttachRefuse,
 		Stripe:        Off,
+		Escrow:        EscrowConfig{Prefix: "luks-kms-agent/", Mode: string(archive.SSE)},
 	}
 }
 
@@ -298,7 +313,33 @@ func (p *parser) top(n *yaml.Node) error {
 		"multi_attach":   oneOf(p, "multi_attach", &c.MultiAttach, string(MultiAttachRefuse), string(MultiAttachAllow)),
 
 		"stripe_instance_store": oneOf(p, "stripe_instance_store", &c.Stripe, string(On), string(Off)),
+
+		"escrow": p.escrow,
 	})
+}
+
+func (p *parser) escrow(n *yaml.Node) error {
+	e := &p.cfg.Escrow
+	return p.mapping(n, "escrow", fields{
+		"bucket":       p.text("escrow.bucket", &e.Bucket),
+		"prefix":       p.text("escrow.prefix", &e.Prefix),
+		"mode":         oneOf(p, "escrow.mode", &e.Mode, string(archive.SSE), string(archive.CSE)),
+		"kms_key":      p.text("escrow.kms_key", &e.KMSKey),
+		"region":       p.text("escrow.region", &e.Region),
+		"bucket_owner": p.text("escrow.bucket_owner", &e.Owner),
+		"s3_endpoint":  p.text("escrow.s3_endpoint", &e.Endpoint),
+		"required":     p.truth("escrow.required", &e.Required),
+	})
+}
+
+func (p *parser) truth(name string, to *bool) func(*yaml.Node) error {
+	return func(n *yaml.Node) error {
+		if n.Kind != yaml.ScalarNode || n.Value != "true" && n.Value != "false" {
+			return p.fail(n.Line, "%s is %q (allowed: true, false)", name, n.Value)
+		}
+		*to = n.Value == "true"
+		return nil
+	}
 }
 
 // filesystems are what any volume may have in it, and contents what one may have that the configuration names.
@@ -385,7 +426,7 @@ func (p *parser) check() error {
 	if c.KMSKey == "" {
 		return p.fail(0, "kms_key is missing: it is the one field that must be set")
 	}
-	for name, endpoint := range map[string]string{"kms_endpoint": c.KMSEndpoint, "imds_endpoint": c.IMDSEndpoint} {
+	for name, endpoint := range map[string]string{"kms_endpoint": c.KMSEndpoint, "imds_endpoint": c.IMDSEndpoint, "escrow.s3_endpoint": c.Escrow.Endpoint} {
 		if err := keycache.CheckEndpoint(endpoint); err != nil {
 			return p.fail(p.lines[name], "%s: %w", name, err)
 		}
@@ -443,7 +484,48 @@ func (p *parser) check() error {
 	if automaticMountPoint.MatchString("/" + strings.Split(dir, "/")[1]) {
 		return p.fail(p.lines["state_dir"], "state_dir %s lies under a mount point of a volume that only its records can open", dir)
 	}
+	if err := p.checkEscrow(); err != nil {
+		return err
+	}
 	return p.checkAuditLog()
+}
+
+// checkEscrow wants what is to be put in S3 to be put there at all.
+func (p *parser) checkEscrow() error {
+	line, given := p.lines["escrow"]
+	if !given {
+		return nil
+	}
+	c := &p.cfg
+	e := &c.Escrow
+	if e.Bucket == "" {
+		return p.fail(line, "escrow.bucket is missing: it says where the copies go")
+	}
+	if e.KMSKey == "" {
+		e.KMSKey = c.KMSKey
+		if !strings.HasPrefix(e.KMSKey, "arn:") || !strings.Contains(e.KMSKey, ":key/") {
+			return p.fail(line, "escrow.kms_key is missing, and kms_key is %q, which is no key ARN", c.KMSKey)
+		}
+	}
+	if strings.HasPrefix(e.Prefix, "/") || strings.Contains(e.Prefix, "//") || strings.Contains(e.Prefix, "..") {
+		return p.fail(p.lines["escrow.prefix"], "escrow.prefix is %q, want names of folders, as in nodes/escrow/", e.Prefix)
+	}
+	if !strings.HasSuffix(e.Prefix, "/") {
+		e.Prefix += "/"
+	}
+	options := e.options()
+	if options.Region == "" {
+		options.Region = c.Region
+	}
+	if err := options.Check(); err != nil {
+		return p.fail(line, "escrow: %w", err)
+	}
+	return nil
+}
+
+// options are what package archive needs of it, but for the credentials and a region that is the node's.
+func (e EscrowConfig) options() archive.Options {
+	return archive.Options{Bucket: e.Bucket, Region: e.Region, Owner: e.Owner, Mode: archive.Mode(e.Mode), KeyARN: e.KMSKey, Endpoint: e.Endpoint}
 }
 
 // checkAuditLog wants a place that is there before any volume is, and outlives the boot.

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/luks-kms-agent/luks-kms-agent/archive"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/systemd"
@@ -86,7 +87,9 @@ type Node struct {
 	maps  mapper
 	// stripes makes and assembles arrays.
 	stripes stripes
-	mounts  func(context.Context) (mounter, error)
+	// vault opens the escrow of the configuration.
+	vault  func(context.Context) (vault, error)
+	mounts func(context.Context) (mounter, error)
 	// service is what systemd knows of the agent's service.
 	service  func(context.Context) (systemd.UnitFacts, error)
 	lockWait time.Duration
@@ -151,6 +154,18 @@ func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	n.vault = func(ctx context.Context) (vault, error) {
+		o := cfg.Escrow.options()
+		o.Credentials, o.KMSEndpoint, o.Timeout = client.Credentials(), cfg.KMSEndpoint, escrowTimeout
+		if o.Region == "" {
+			region, err := client.Region(ctx)
+			if err != nil {
+				return nil, err
+			}
+			o.Region = region
+		}
+		return archive.New(o)
 	}
 	named := make([]string, len(cfg.Volumes))
 	for i, v := range cfg.Volumes {

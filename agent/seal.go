@@ -269,6 +269,8 @@ func (s *Seal) addLeftovers(store *keycache.Store, stateDir string) (err error) 
 		switch {
 		case strings.HasPrefix(file, "backups/"):
 			why = "note of a header backup"
+		case strings.HasPrefix(file, "escrow/"):
+			why = "note of an escrow"
 		case !strings.Contains(file, "/"):
 			why = "a stripe of this node that was not finished"
 		default:

@@ -31,8 +31,11 @@ const (
 	stepKeyArchived step = "the old key record is archived"
 	stepWiped       step = "the keys are wiped"
 
-	stepBackedUp      step = "the header backup is durable"
-	stepBackupNoted   step = "the header backup is noted"
+	stepBackedUp        step = "the header backup is durable"
+	stepBackupNoted     step = "the header backup is noted"
+	stepEscrowNoted     step = "what goes to the escrow is noted"
+	stepEscrowConfirmed step = "the escrow is confirmed"
+
 	stepHeaderSaved   step = "what the header replaces is saved"
 	stepBackupKey     step = "the key record of a backup is durable"
 	stepBackupRecord  step = "the volume record of a backup is durable"

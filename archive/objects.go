@@ -41,18 +41,25 @@ type Encryption struct {
 // Put stores data as a new object, encrypted, and returns once a HEAD has confirmed that it is there, whole, and encrypted as it has
 // to be. What S3 answered otherwise is ReasonEncryption: the object may then be there in the clear, and is left for who is told.
 //
+// metadata is what HEAD tells everybody who may read properties; its names are in lower case, and none is "sha256".
+//
 // It never overwrites: where an object of that name has the same content, that one is confirmed, so that a Put whose answer was lost
 // can be repeated; with other content it is ReasonExists.
-func (c *Client) Put(ctx context.Context, name string, data []byte) (o Object, err error) {
+func (c *Client) Put(ctx context.Context, name string, data []byte, metadata map[string]string) (o Object, err error) {
 	if len(data) == 0 || len(data) > MaxSize {
 		return o, &Error{Op: "Put", Reason: ReasonInvalid, Err: fmt.Errorf("it has %d bytes, allowed are 1 to %d", len(data), MaxSize), object: c.URL(name)}
 	}
 	sum := sha256.Sum256(data)
 	digest := hex.EncodeToString(sum[:])
+	told := maps.Clone(metadata)
+	if told == nil {
+		told = map[string]string{}
+	}
+	told[metaSHA256] = digest
 	err = c.call(ctx, "Put", name, func(ctx context.Context) error {
 		in := &s3.PutObjectInput{
 			Bucket: &c.options.Bucket, Key: &name, ExpectedBucketOwner: c.owner(), Body: bytes.NewReader(data),
-			IfNoneMatch: aws.String("*"), ChecksumAlgorithm: types.ChecksumAlgorithmSha256, Metadata: map[string]string{metaSHA256: digest},
+			IfNoneMatch: aws.String("*"), ChecksumAlgorithm: types.ChecksumAlgorithmSha256, Metadata: told,
 		}
 		var out *s3.PutObjectOutput
 		var err error
@@ -186,7 +193,7 @@ func object(name string, size int64, modified *time.Time, version *string, algor
 // lower is metadata by names in lower case, as S3 keeps them; some servers do not.
 func lower(metadata map[string]string) map[string]string {
 	lowered := make(map[string]string, len(metadata))
-	for name, value := range maps.All(metadata) {
+	for name, value := range metadata {
 		lowered[strings.ToLower(name)] = value
 	}
 	return lowered

@@ -115,8 +115,8 @@ func (b *Backup) validate() error {
 	return nil
 }
 
-// encode makes the file: a tar archive, whose last member is what `sha256sum -c` takes.
-func (b *Backup) encode() ([]byte, error) {
+// Encode makes the file: a tar archive, whose last member is what `sha256sum -c` takes. The same backup makes the same bytes.
+func (b *Backup) Encode() ([]byte, error) {
 	if err := b.validate(); err != nil {
 		return nil, err
 	}
@@ -152,7 +152,7 @@ func (b *Backup) encode() ([]byte, error) {
 // Write stores the backup in a new file (0600), durably, and reads it back. It never overwrites: a *BackupError with fs.ErrExist. A cut
 // leaves the file, or none of that name.
 func (b *Backup) Write(path string) error {
-	data, err := b.encode()
+	data, err := b.Encode()
 	if err != nil {
 		return &BackupError{Path: path, Err: err, verb: "write"}
 	}
@@ -204,6 +204,11 @@ func ReadBackup(path string) (*Backup, error) {
 	if err != nil {
 		return nil, &BackupError{Path: path, Err: bare(err), verb: "read"}
 	}
+	return DecodeBackup(path, data)
+}
+
+// DecodeBackup is [ReadBackup] of bytes that came from elsewhere: path names the place for errors.
+func DecodeBackup(path string, data []byte) (*Backup, error) {
 	b, err := decodeBackup(data)
 	if err != nil {
 		return nil, &BackupError{Path: path, Err: err, verb: "accept"}
@@ -304,7 +309,12 @@ func (n *BackupNote) validate() error {
 func (s *Store) PutBackup(n BackupNote) error {
 	path := s.backupPath(n.UUID)
 	n.Version, n.Time = RecordVersion, n.Time.UTC()
-	data, err := fileOf(path, &n)
+	return s.putNote(path, &n)
+}
+
+// putNote stores what is remembered of a volume beside its record, in place of what was there.
+func (s *Store) putNote(path string, n record) error {
+	data, err := fileOf(path, n)
 	if err != nil {
 		return err
 	}
@@ -313,7 +323,7 @@ func (s *Store) PutBackup(n BackupNote) error {
 	if err := s.writable(); err != nil {
 		return err
 	}
-	if err := s.makeDir(filepath.Join(s.dir, backupsDir)); err != nil {
+	if err := s.makeDir(filepath.Dir(path)); err != nil {
 		return err
 	}
 	return s.put(path, data, os.Rename)
@@ -322,17 +332,24 @@ func (s *Store) PutBackup(n BackupNote) error {
 // Backup returns what is remembered of the last backup of a volume: fs.ErrNotExist if there is nothing. A note that cannot be trusted is a
 // *RecordError, and no reason not to use the volume.
 func (s *Store) Backup(uuid string) (BackupNote, error) {
-	path := s.backupPath(uuid)
-	var n BackupNote
-	err := s.read(path, &n)
-	if err == nil && n.UUID != uuid {
-		err = fmt.Errorf("its name is not its uuid %s", n.UUID)
+	return loadNote(s, s.backupPath(uuid), "backup", uuid, func(n BackupNote) string { return n.UUID })
+}
+
+// loadNote reads what is remembered of a volume beside its record.
+func loadNote[T any, P interface {
+	*T
+	record
+}](s *Store, path, kind, uuid string, of func(T) string) (n T, err error) {
+	err = s.read(path, P(&n))
+	if err == nil && of(n) != uuid {
+		err = fmt.Errorf("its name is not its uuid %s", of(n))
 	}
+	var none T
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return BackupNote{}, fs.ErrNotExist
+		return none, fs.ErrNotExist
 	case err != nil:
-		return BackupNote{}, &RecordError{Path: path, ID: uuid, Kind: "backup", Err: err}
+		return none, &RecordError{Path: path, ID: uuid, Kind: kind, Err: err}
 	}
 	return n, nil
 }

@@ -63,7 +63,7 @@ func TestBackupFile(t *testing.T) {
 // Wherever a byte of content is changed, or the file is cut, it is refused, or says the same.
 func TestDamagedBackupIsRefused(t *testing.T) {
 	b := testBackup(t)
-	whole, err := b.encode()
+	whole, err := b.Encode()
 	if err != nil {
 		t.Fatal(err)
 	}

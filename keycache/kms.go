@@ -204,6 +204,9 @@ func (c *Client) connectKMS(region string) kmsAPI {
 	return kms.New(o)
 }
 
+// Credentials gives those of the instance's role, to who else calls AWS for this node.
+func (c *Client) Credentials() aws.CredentialsProvider { return c.creds }
+
 // Calls returns what has been counted so far.
 func (c *Client) Calls() Calls {
 	c.mu.Lock()

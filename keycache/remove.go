@@ -33,11 +33,11 @@ func (r Removal) Files() []string {
 	return files
 }
 
-// Leftovers returns the archived records, the notes of header backups and the intent to make a stripe, as paths below the store, in order. It is a
+// Leftovers returns the archived records, the notes of header backups and escrows, and the intent to make a stripe, as paths below the store, in order. It is a
 // *StoreError if something else than files and folders is there.
 func (s *Store) Leftovers() ([]string, error) {
 	var files []string
-	for _, dir := range []string{archiveDir, backupsDir} {
+	for _, dir := range []string{archiveDir, backupsDir, escrowDir} {
 		err := filepath.WalkDir(filepath.Join(s.dir, dir), func(path string, e fs.DirEntry, err error) error {
 			switch {
 			case errors.Is(err, fs.ErrNotExist):

@@ -24,6 +24,7 @@ const (
 	keysDir       = "keys"
 	volumesDir    = "volumes"
 	backupsDir    = "backups"
+	escrowDir     = "escrow"
 	archiveDir    = "archive"
 	quarantineDir = "quarantine"
 	lockFile      = "lock"
@@ -355,8 +356,11 @@ func (s *Store) readVolume(path, id string) (VolumeRecord, error) {
 	return r, err
 }
 
+// record is what the store's files hold.
+type record interface{ validate() error }
+
 // read reads a record and judges what is in it; whether it has the right name is the caller's to see.
-func (s *Store) read(path string, into interface{ validate() error }) error {
+func (s *Store) read(path string, into record) error {
 	data, err := s.readFile(path)
 	if err == nil {
 		err = decode(data, into)
@@ -399,11 +403,11 @@ func (s *Store) readFile(path string) ([]byte, error) {
 }
 
 // fileOf is what is to be written of a record: a *StoreError where it could not be read again.
-func fileOf(path string, record interface{ validate() error }) ([]byte, error) {
-	err := record.validate()
+func fileOf(path string, r record) ([]byte, error) {
+	err := r.validate()
 	var data []byte
 	if err == nil {
-		data, err = encode(record)
+		data, err = encode(r)
 	}
 	if err != nil {
 		return nil, storeError("write", path, err)
@@ -876,7 +880,7 @@ func lockHolder(f *os.File) string {
 func (s *Store) sweep() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	dirs := []string{s.dir, filepath.Join(s.dir, keysDir), filepath.Join(s.dir, volumesDir), filepath.Join(s.dir, backupsDir), filepath.Join(s.dir, archiveDir, keysDir), filepath.Join(s.dir, archiveDir, volumesDir)}
+	dirs := []string{s.dir, filepath.Join(s.dir, keysDir), filepath.Join(s.dir, volumesDir), filepath.Join(s.dir, backupsDir), filepath.Join(s.dir, escrowDir), filepath.Join(s.dir, archiveDir, keysDir), filepath.Join(s.dir, archiveDir, volumesDir)}
 	events, _ := os.ReadDir(filepath.Join(s.dir, quarantineDir))
 	for _, e := range events {
 		dirs = append(dirs, filepath.Join(s.dir, quarantineDir, e.Name()))

@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"github.com/luks-kms-agent/luks-kms-agent/agent"
+	"github.com/luks-kms-agent/luks-kms-agent/archive"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/systemd"
@@ -39,8 +40,8 @@ var exitCodes = []struct {
 	{exitInternal, "internal error"},
 	{exitUsage, "usage or configuration"},
 	{exitRefused, "a volume was refused"},
-	{exitKMSDenied, "KMS said no: permissions, key state, key kind"},
-	{exitUnavailable, "KMS, IMDS or the records are unavailable for now; the service tries again"},
+	{exitKMSDenied, "KMS or S3 said no: permissions, key state, key kind, encryption"},
+	{exitUnavailable, "KMS, S3, IMDS or the records are unavailable for now; the service tries again"},
 	{exitDevice, "device or filesystem error"},
 	{exitHeader, "tampered or damaged LUKS header"},
 	{exitMissing, "a needed program or kernel feature is missing"},
@@ -87,6 +88,7 @@ func exitCode(err error) int {
 		place    *agent.BackupPlaceError
 		typo     *keycache.RecoveryKeyError
 		there    *agent.RecoveryKeyThereError
+		s3       *archive.Error
 	)
 	switch {
 	case err == nil:
@@ -120,6 +122,10 @@ func exitCode(err error) int {
 			return exitDevice
 		}
 		return exitRefused
+	case errors.As(err, &s3):
+		return escrowCode(s3)
+	case errors.Is(err, agent.ErrNoEscrow):
+		return exitUsage
 	case errors.As(err, &kms):
 		if kms.Retryable() {
 			return exitUnavailable
@@ -169,6 +175,7 @@ func hint(err error) string {
 		place    *agent.BackupPlaceError
 		typo     *keycache.RecoveryKeyError
 		there    *agent.RecoveryKeyThereError
+		s3       *archive.Error
 	)
 	switch {
 	case preflightHint(err) != "":
@@ -215,6 +222,10 @@ func hint(err error) string {
 		return "No configuration was written. To encrypt all the same, write one by hand: `kms_key: arn:aws:kms:REGION:ACCOUNT:key/ID`."
 	case errors.As(err, &refused):
 		return refusedHint(refused)
+	case errors.As(err, &s3):
+		return escrowHint(s3)
+	case errors.Is(err, agent.ErrNoEscrow):
+		return "Write a section escrow into the configuration; the smallest one is a line: `escrow: {bucket: NAME}`. docs/escrow.md has the policies."
 	case errors.As(err, &kms):
 		return kmsHint(kms)
 	case errors.Is(err, keycache.ErrOtherKey):
@@ -353,4 +364,48 @@ func unavailableHint(e *keycache.Error) string {
 		return "KMS answers, but cannot serve the call now: see AWS Health and, for a key in a custom key store, the state of the store."
 	}
 	return "Check the route, DNS and security groups to KMS (or its VPC endpoint)."
+}
+
+// escrowCode is the exit code of what S3, or KMS behind it, answered.
+func escrowCode(err *archive.Error) int {
+	switch {
+	case err.Retryable():
+		return exitUnavailable
+	case err.Reason == archive.ReasonTampered:
+		return exitHeader
+	case err.Reason == archive.ReasonExists, err.Reason == archive.ReasonNotFound:
+		return exitRefused
+	case err.Reason == archive.ReasonInvalid, err.Reason == archive.ReasonNoBucket, err.Reason == archive.ReasonWrongRegion, err.Reason == archive.ReasonAWSManaged:
+		return exitUsage
+	}
+	return exitKMSDenied
+}
+
+// escrowHint says what to do about what S3, or KMS behind it, answered.
+func escrowHint(err *archive.Error) string {
+	switch err.Reason {
+	case archive.ReasonDenied:
+		return "Allow the role s3:PutObject and s3:GetObject on the bucket's objects and s3:ListBucket on the bucket, and see that bucket_owner is the account that has it (docs/escrow.md)."
+	case archive.ReasonKMSDenied:
+		return "Allow the role kms:GenerateDataKey, and kms:Decrypt to read it back, on the key of the escrow (docs/escrow.md)."
+	case archive.ReasonKey:
+		return "See that escrow.kms_key is there, enabled, and in the bucket's region. What was not sent is sent once it is."
+	case archive.ReasonAWSManaged:
+		return "Make a customer managed key, and name its ARN in escrow.kms_key."
+	case archive.ReasonNoBucket:
+		return "See that escrow.bucket is right; the agent makes no buckets."
+	case archive.ReasonWrongRegion:
+		return "Set escrow.region to the bucket's, and take a key of that region."
+	case archive.ReasonEncryption:
+		return "Trust nothing that lies there. If it was sent just now it may be in the clear: find out who answers as S3, remove the object, and see the bucket's policy (docs/escrow.md)."
+	case archive.ReasonTampered:
+		return "Somebody changed the object, or put another one in its place. Take an older one: `luks-kms-agent escrow list`."
+	case archive.ReasonExists:
+		return "Something else lies under that name; nothing is overwritten. Remove it, or choose another escrow.prefix."
+	case archive.ReasonClock:
+		return "Set the node's clock (chrony, systemd-timesyncd)."
+	case archive.ReasonUnavailable, archive.ReasonNoCredentials:
+		return "It is tried again by luks-kms-agent-escrow.timer. From a subnet without a way out S3 needs a gateway endpoint."
+	}
+	return "See docs/escrow.md."
 }

@@ -36,27 +36,31 @@ again: a header that is half written is never opened.`,
 			if err != nil {
 				return err
 			}
-			name := strings.Join(given[1:], "")
-			out := cmd.OutOrStdout()
-			r, err := node.RestoreHeader(cmd.Context(), given[0], name, func(r agent.Restore) error {
-				printRestore(out, r)
-				if !yes {
-					return &usageError{errors.New("nothing was written: --yes is missing")}
-				}
-				return nil
-			})
-			if r.Saved != "" {
-				fmt.Fprintf(out, "overwritten: saved as %s\n", r.Saved)
-			}
-			if err != nil {
-				return err
-			}
-			fmt.Fprintln(out, "restored, opened, found a filesystem, and closed: `luks-kms-agent unlock` mounts it")
-			return nil
+			return restoreHeader(cmd, node, given[0], strings.Join(given[1:], ""), yes)
 		},
 	}
 	cmd.Flags().BoolVar(&yes, "yes", false, "write")
 	return cmd
+}
+
+// restoreHeader restores the backup in a file, and tells what was found and done; without yes it writes nothing.
+func restoreHeader(cmd *cobra.Command, node *agent.Node, file, name string, yes bool) error {
+	out := cmd.OutOrStdout()
+	r, err := node.RestoreHeader(cmd.Context(), file, name, func(r agent.Restore) error {
+		printRestore(out, r)
+		if !yes {
+			return &usageError{errors.New("nothing was written: --yes is missing")}
+		}
+		return nil
+	})
+	if r.Saved != "" {
+		fmt.Fprintf(out, "overwritten: saved as %s\n", r.Saved)
+	}
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(out, "restored, opened, found a filesystem, and closed: `luks-kms-agent unlock` mounts it")
+	return nil
 }
 
 func printRestore(w io.Writer, r agent.Restore) {

@@ -73,7 +73,7 @@ func newRoot(p *progress) *cobra.Command {
 		newRotate(opts),
 		newRewrap(opts),
 		newRecoveryKey(opts),
-		newHeader(opts),
+		newHeader(opts), newEscrow(opts),
 		newVerify(opts),
 		newWipe(opts),
 		newSealImage(opts),

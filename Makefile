@@ -152,7 +152,7 @@ copy = [ ! -d $(1) ] || (cd $(1) && find . -type f -exec install -D -m 0644 {} $
 # What this puts under DESTDIR is what the packages have.
 install: build man ## install under DESTDIR what the packages have, for developers (enables nothing, overwrites no configuration)
 	@install -D -m 0755 $(BINARY) $(DESTDIR)/usr/bin/luks-kms-agent
-	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system $(wildcard systemd/*.service systemd/*.target)
+	@install -D -m 0644 -t $(DESTDIR)/usr/lib/systemd/system $(wildcard systemd/*.service systemd/*.target systemd/*.timer)
 	@$(if $(wildcard systemd/*.rules),install -D -m 0644 -t $(DESTDIR)/usr/lib/udev/rules.d $(wildcard systemd/*.rules))
 	@install -D -m 0644 -t $(DESTDIR)/usr/lib/tmpfiles.d packaging/tmpfiles.d/luks-kms-agent.conf
 	@install -D -m 0644 -t $(DESTDIR)/etc/cloud/cloud.cfg.d packaging/90_luks-kms-agent.cfg

@@ -115,9 +115,6 @@ func (c *Client) Get(ctx context.Context, name string) (data []byte, o Object, e
 			get = c.getEncrypted
 		}
 		out, err := get(ctx, in)
-		if notAuthentic(err) {
-			return &Error{Reason: ReasonTampered, Err: errors.New("its content is not what was encrypted: its tag is another one")}
-		}
 		if err != nil {
 			return err
 		}
@@ -126,7 +123,11 @@ func (c *Client) Get(ctx context.Context, name string) (data []byte, o Object, e
 		if err := c.check(o.Encryption); err != nil {
 			return err
 		}
-		if data, err = io.ReadAll(io.LimitReader(out.Body, MaxSize+1)); err != nil {
+		data, err = io.ReadAll(io.LimitReader(out.Body, MaxSize+1))
+		if notAuthentic(err) {
+			return &Error{Reason: ReasonTampered, Err: errors.New("its content is not what was encrypted: its tag is another one")}
+		}
+		if err != nil {
 			return err
 		}
 		if len(data) > MaxSize {

@@ -173,7 +173,9 @@ func (n *Node) escrowOf(store *keycache.Store, rec keycache.KeyRecord, v keycach
 	e := n.cfg.Escrow
 	at := n.now().UTC().Truncate(time.Second)
 	note := keycache.EscrowNote{UUID: v.UUID, Time: at, Bucket: e.Bucket, Mode: e.Mode, KeyARN: e.KMSKey, Digest: keycache.Sum(content)}
-	note.Object = fmt.Sprintf("%s%s/%s-%s.header.tar", e.Prefix, v.UUID, at.Format("20060102T150405Z"), note.Digest[:8])
+	// Two of one second differ in what is in them, or in how they are encrypted.
+	name := keycache.Sum([]byte(note.Digest + note.Mode + note.KeyARN))
+	note.Object = fmt.Sprintf("%s%s/%s-%s.header.tar", e.Prefix, v.UUID, at.Format("20060102T150405Z"), name[:8])
 	if known, err := store.Escrow(v.UUID); err == nil && known.Same(note) && strings.HasPrefix(known.Object, e.Prefix+v.UUID+"/") {
 		note = known
 	}

@@ -15,6 +15,7 @@ var policyKinds = map[string]kmstest.PolicyKind{
 	"node-role-strict.json":    kmstest.RolePolicy,
 	"rewrap-role.json":         kmstest.RolePolicy,
 	"configure-role.json":      kmstest.RolePolicy,
+	"escrow-role.json":         kmstest.RolePolicy,
 	"key-policy.json":          kmstest.KeyPolicy,
 	"key-policy-grants.json":   kmstest.KeyPolicy,
 	"vpc-endpoint-policy.json": kmstest.EndpointPolicy,

@@ -41,7 +41,7 @@ var exitCodes = []struct {
 	{exitUsage, "usage or configuration"},
 	{exitRefused, "a volume was refused"},
 	{exitKMSDenied, "KMS or S3 said no: permissions, key state, key kind, encryption"},
-	{exitUnavailable, "KMS, S3, IMDS or the records are unavailable for now; the service tries again"},
+	{exitUnavailable, "KMS, S3, IMDS or the records are away for now; the service tries again"},
 	{exitDevice, "device or filesystem error"},
 	{exitHeader, "tampered or damaged LUKS header"},
 	{exitMissing, "a needed program or kernel feature is missing"},

@@ -62,7 +62,7 @@ func PolicyActions() []string {
 }
 
 // foreignActions are those of other services that our policies name.
-var foreignActions = []string{"elasticmapreduce:DescribeSecurityConfiguration"}
+var foreignActions = []string{"elasticmapreduce:DescribeSecurityConfiguration", "s3:GetObject", "s3:ListBucket", "s3:PutObject"}
 
 // conditionKeys are those that our policies may use.
 // https://docs.aws.amazon.com/kms/latest/developerguide/conditions-kms.html
@@ -76,6 +76,7 @@ var (
 	sidForm    = regexp.MustCompile(`^[A-Za-z0-9]+$`)
 	actionForm = regexp.MustCompile(`^[a-z0-9-]+:[A-Za-z*]+$`)
 	keyARNForm = regexp.MustCompile(`^arn:aws[a-z-]*:kms:[a-z]{2}(-[a-z]+)+-\d:\d{12}:(key/[0-9a-f-]{36}|alias/[A-Za-z0-9/_-]+)$`)
+	s3ARNForm  = regexp.MustCompile(`^arn:aws[a-z-]*:s3:::[a-z0-9.-]{3,63}(/[\w/*.-]+)?$`)
 	iamARNForm = regexp.MustCompile(`^arn:aws[a-z-]*:iam::\d{12}:(root|(role|user)/[\w+=,.@/-]+)$`)
 	variable   = regexp.MustCompile(`\$\{([^}]*)\}`)
 )
@@ -234,7 +235,7 @@ func parseStatement(kind PolicyKind, text []byte) (s Statement, wrong []error) {
 		say("Resource is %s", resource)
 	}
 	for _, r := range s.Resource {
-		if r != "*" && (kind == KeyPolicy || !keyARNForm.MatchString(r)) {
+		if r != "*" && (kind == KeyPolicy || !keyARNForm.MatchString(r) && !s3ARNForm.MatchString(r)) {
 			say("%s is no resource for a %s policy", r, kind)
 		}
 	}

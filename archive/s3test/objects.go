@@ -152,9 +152,12 @@ func (s *S3) put(b Bucket, call Call, c caller, r *http.Request, a *answer) *ref
 	}
 	s.objects[call.Bucket][call.Name] = o
 	a.header.Set("Etag", o.etag)
-	o.tellEncryption(a.header)
-	if s.mode == Lies {
+	switch s.mode {
+	case Lies:
 		(&stored{algorithm: call.Algorithm, keyARN: call.KeyID}).tellEncryption(a.header)
+	case Silent:
+	default:
+		o.tellEncryption(a.header)
 	}
 	return nil
 }

@@ -41,6 +41,7 @@ const (
 	Honest   Mode = iota
 	Ignores       // takes the header, answers 200 and stores plaintext, as some servers do
 	Lies          // the same, but the answer to the PUT claims what was asked
+	Silent        // encrypts, but the answer to the PUT does not say so
 	WrongKey      // encrypts under the bucket's DefaultKey, whatever was asked, and says so
 )
 

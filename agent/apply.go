@@ -216,7 +216,10 @@ func (a *applier) do(ctx context.Context, act *Action) (err error) {
 		if err := a.maps.Announce(act.OpenAs); err != nil {
 			return err
 		}
-		return a.use(ctx, *act, act.OpenAs, func() (*keycache.Key, keycache.KeyRecord, error) { return a.opener(act.Volume, act.Device.Header) })
+		return a.use(ctx, *act, act.OpenAs, func() (*keycache.Key, error) {
+			key, _, err := a.opener(act.Volume, act.Device.Header)
+			return key, err
+		})
 	case Stripe:
 		return &RefusedError{Refusal: RefusedStripe, Device: act.Device.Path, Reason: "the stripe that it is to be part of is not made"}
 	case Refuse:
@@ -293,7 +296,7 @@ func (a *applier) format(ctx context.Context, act *Action) error {
 	}
 	a.audit(Event{Kind: EventVolumeFormatted, Volume: *v, Device: act.Device.Device, Key: keyRecord, RequestID: key.RequestID(), Reason: act.Reason})
 	act.told = true
-	return a.use(ctx, *act, v.Mapping, given(key, keyRecord))
+	return a.use(ctx, *act, v.Mapping, given(key))
 }
 
 // finish makes the filesystem of a volume that was just formatted and opened, and
@@ -432,12 +435,12 @@ func (a *applier) unlock(ctx context.Context, act *Action) error {
 			return err
 		}
 	}
-	return a.use(ctx, *act, v.Mapping, given(key, keyRecord))
+	return a.use(ctx, *act, v.Mapping, given(key))
 }
 
 // given is a data key that is at hand.
-func given(key *keycache.Key, rec keycache.KeyRecord) opening {
-	return func() (*keycache.Key, keycache.KeyRecord, error) { return key, rec, nil }
+func given(key *keycache.Key) opening {
+	return func() (*keycache.Key, error) { return key, nil }
 }
 
 // opener gives the data key that opens a ready volume. While the key is being replaced that
@@ -537,7 +540,7 @@ func (a *applier) adopt(ctx context.Context, act *Action) error {
 	if err != nil {
 		return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))
 	}
-	return a.use(ctx, *act, v.Mapping, given(key, rec))
+	return a.use(ctx, *act, v.Mapping, given(key))
 }
 
 // filesystemOf finds out which filesystem an open volume has of which no record tells.

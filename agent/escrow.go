@@ -237,8 +237,8 @@ func (n *Node) tellEscrow(p pending) {
 	}
 }
 
-// opening gives the data key of a volume, and its record.
-type opening func() (*keycache.Key, keycache.KeyRecord, error)
+// opening gives the data key of a volume.
+type opening func() (*keycache.Key, error)
 
 // holdBack has a volume wait until its escrow is confirmed, where the configuration wants that. open gives its data key.
 func (a *applier) holdBack(ctx context.Context, act Action, open opening) error {
@@ -267,25 +267,33 @@ func (e *EscrowRequiredError) Unwrap() error { return e.Err }
 
 func (a *applier) escrowFirst(ctx context.Context, act Action, open opening) error {
 	a.phase(act, SpanRecords, "escrow")
+	// As they are on the disk: what this run has written is there only.
+	records, err := a.store.Load()
+	if err != nil {
+		return err
+	}
+	volume := records.Volumes[act.Volume.UUID]
+	if volume.Rotation != nil {
+		// The header is between two data keys. What was confirmed before opens by the old one, until rotate is done.
+		if last, err := a.store.Escrow(volume.UUID); err == nil && !last.Confirmed.IsZero() && last.Bucket == a.cfg.Escrow.Bucket {
+			return nil
+		}
+		return ErrRotating
+	}
+	rec := records.Keys[volume.KeyID]
 	bytes, header, err := luks.ReadHeader(act.Device.Path)
 	if err != nil {
 		return err
 	}
-	// What is confirmed needs no key, and neither KMS nor S3.
-	if rec, ok := a.records.Keys[act.Volume.KeyID]; ok {
-		if note, _, err := a.escrowOf(a.store, rec, act.Volume, bytes, header); err == nil && !note.Confirmed.IsZero() {
-			return nil
-		}
+	note, backup, err := a.escrowOf(a.store, rec, volume, bytes, header)
+	if err != nil || !note.Confirmed.IsZero() {
+		return err // what is confirmed needs no key, and neither KMS nor S3
 	}
-	key, rec, err := open()
+	key, err := open()
 	if err != nil {
 		return err
 	}
 	if err := header.Verify(key); err != nil {
-		return err
-	}
-	note, backup, err := a.escrowOf(a.store, rec, act.Volume, bytes, header)
-	if err != nil {
 		return err
 	}
 	v, err := a.openVault(ctx)
@@ -298,7 +306,7 @@ func (a *applier) escrowFirst(ctx context.Context, act Action, open opening) err
 	a.reached(stepEscrowNoted)
 	a.tell(fmt.Sprintf("Sending the header of %s to %s", act.Volume.Identity, v.URL(note.Object)))
 	systemd.ExtendTimeout(escrowTimeout + time.Minute)
-	p := pending{Escrowed: Escrowed{Volume: act.Volume, Sent: true}, note: note, backup: backup}
+	p := pending{Escrowed: Escrowed{Volume: volume, Sent: true}, note: note, backup: backup}
 	if p.Err = send(ctx, v, note.Object, backup); p.Err == nil {
 		p.Err = a.confirm(a.store, note)
 	}

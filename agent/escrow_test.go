@@ -329,16 +329,21 @@ func TestEscrowRequired(t *testing.T) {
 						return e
 					}
 				}
+				t.Fatal("no volume is held back")
 				return nil
 			}
 			for range 2 { // the first makes the volume, the second finds it
 				e := failed(m.run())
-				if e == nil || len(m.mounts) != 0 || len(m.open) != 0 {
+				denied := (*archive.Error)(nil)
+				if !errors.As(e, &denied) || denied.Reason != archive.ReasonDenied || len(m.mounts) != 0 || len(m.open) != 0 {
 					t.Fatalf("%v; mounted %v, open %v", e, m.mounts, m.open)
 				}
 			}
 			s.Heal()
 			m.runOK()
+			if done, err := m.escrow(); err != nil || sent(done) != nil {
+				t.Errorf("what the run sent is not what there is: %+v, %v", done, err)
+			}
 			if len(m.mounts) != 1 || len(s.Names(escrowBucket)) != 1 || len(m.records().Volumes) != 1 {
 				t.Errorf("mounted %v, escrow %v", m.mounts, s.Names(escrowBucket))
 			}
@@ -449,5 +454,35 @@ func TestEscrowConfiguration(t *testing.T) {
 		if _, err := parseConfig("c", []byte(text)); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q: %v, want %q", text, err, says)
 		}
+	}
+}
+
+// TestRequiredWhileRotating: between two data keys nothing can be sent; the copy from before still opens by the old one, so the node comes up.
+func TestRequiredWhileRotating(t *testing.T) {
+	m, s := withEscrow(t, archive.SSE)
+	m.cfg.Escrow.Required = true
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	var cut *machine
+	n := m.node()
+	n.atStep = func(at step) {
+		if at == stepSlotAdded {
+			cut = m.copyTo(filepath.Join(t.TempDir(), "cut"))
+		}
+	}
+	if _, err := n.Rotate(t.Context(), nil); err != nil || cut == nil {
+		t.Fatalf("%v, %v", cut, err)
+	}
+	puts := s.Count("PutObject")
+	cut.runOK()
+	if len(cut.mounts) != 1 || s.Count("PutObject") != puts {
+		t.Errorf("mounted %v after %d PUTs", cut.mounts, s.Count("PutObject")-puts)
+	}
+	// Where nothing was ever confirmed there is nothing to fall back on.
+	cut.reboot()
+	cut.cfg.Escrow.Bucket = "another"
+	r := cut.run()
+	if err := errors.Join(r.Failures()...); !errors.Is(err, ErrRotating) || len(cut.mounts) != 0 {
+		t.Errorf("mounted %v: %v", cut.mounts, err)
 	}
 }

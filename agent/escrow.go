@@ -103,6 +103,7 @@ func (n *Node) Escrow(ctx context.Context, names []string) ([]Escrowed, error) {
 	if err := n.confirmEscrows(ctx, todo); err != nil {
 		return nil, err
 	}
+	n.tellMetrics(ctx, n.lastRun(), false)
 	done := make([]Escrowed, len(todo))
 	for i, p := range todo {
 		done[i] = p.Escrowed
@@ -141,7 +142,7 @@ func (w *work) preparePending(t target, p *pending) error {
 	if err != nil {
 		return err
 	}
-	note, backup, err := w.escrowOf(w.store, rec, t.Volume, bytes)
+	note, backup, err := w.escrowOf(w.store, rec, t.Volume, bytes, header)
 	if err != nil {
 		return err
 	}
@@ -165,21 +166,21 @@ func (w *work) preparePending(t target, p *pending) error {
 }
 
 // escrowOf returns what has to be in the escrow for a volume, and the note of it: the one that is there, where it is of the same, or a new one.
-func (n *Node) escrowOf(store *keycache.Store, rec keycache.KeyRecord, v keycache.VolumeRecord, header []byte) (keycache.EscrowNote, keycache.Backup, error) {
-	content, err := json.Marshal([]any{rec, v, keycache.Sum(header), n.program.Version})
+func (n *Node) escrowOf(store *keycache.Store, rec keycache.KeyRecord, v keycache.VolumeRecord, bytes []byte, header *luks.Inspection) (keycache.EscrowNote, keycache.Backup, error) {
+	content, err := json.Marshal([]any{rec, v, keycache.Sum(bytes), n.program.Version})
 	if err != nil {
 		return keycache.EscrowNote{}, keycache.Backup{}, err
 	}
 	e := n.cfg.Escrow
 	at := n.now().UTC().Truncate(time.Second)
-	note := keycache.EscrowNote{UUID: v.UUID, Time: at, Bucket: e.Bucket, Mode: e.Mode, KeyARN: e.KMSKey, Digest: keycache.Sum(content)}
+	note := keycache.EscrowNote{UUID: v.UUID, Time: at, Bucket: e.Bucket, Mode: e.Mode, KeyARN: e.KMSKey, Digest: keycache.Sum(content), SeqID: header.Header.SeqID}
 	// Two of one second differ in what is in them, or in how they are encrypted.
 	name := keycache.Sum([]byte(note.Digest + note.Mode + note.KeyARN))
 	note.Object = fmt.Sprintf("%s%s/%s-%s.header.tar", e.Prefix, v.UUID, at.Format("20060102T150405Z"), name[:8])
 	if known, err := store.Escrow(v.UUID); err == nil && known.Same(note) && strings.HasPrefix(known.Object, e.Prefix+v.UUID+"/") {
 		note = known
 	}
-	return note, keycache.NewBackup(rec, v, header, note.Time, n.program.Version), nil
+	return note, keycache.NewBackup(rec, v, bytes, note.Time, n.program.Version), nil
 }
 
 // send puts one escrow. Its bytes are the same each time, so that one whose answer was lost is found to be there.
@@ -272,7 +273,7 @@ func (a *applier) escrowFirst(ctx context.Context, act Action, open opening) err
 	}
 	// What is confirmed needs no key, and neither KMS nor S3.
 	if rec, ok := a.records.Keys[act.Volume.KeyID]; ok {
-		if note, _, err := a.escrowOf(a.store, rec, act.Volume, bytes); err == nil && !note.Confirmed.IsZero() {
+		if note, _, err := a.escrowOf(a.store, rec, act.Volume, bytes, header); err == nil && !note.Confirmed.IsZero() {
 			return nil
 		}
 	}
@@ -283,7 +284,7 @@ func (a *applier) escrowFirst(ctx context.Context, act Action, open opening) err
 	if err := header.Verify(key); err != nil {
 		return err
 	}
-	note, backup, err := a.escrowOf(a.store, rec, act.Volume, bytes)
+	note, backup, err := a.escrowOf(a.store, rec, act.Volume, bytes, header)
 	if err != nil {
 		return err
 	}
@@ -435,7 +436,7 @@ func (w *work) verifyEscrow(ctx context.Context, v vault, t target, f *VerifiedE
 	if err != nil {
 		return err
 	}
-	header, err := luks.InspectHeader(f.URL, b.Header, b.Manifest.Size)
+	there, err := luks.InspectHeader(f.URL, b.Header, b.Manifest.Size)
 	if err != nil {
 		return err
 	}
@@ -443,14 +444,14 @@ func (w *work) verifyEscrow(ctx context.Context, v vault, t target, f *VerifiedE
 	if err != nil {
 		return err
 	}
-	if err := header.Verify(key); err != nil {
+	if err := there.Verify(key); err != nil {
 		return err
 	}
-	rec, bytes, _, err := w.readHeader(t)
+	rec, bytes, header, err := w.readHeader(t)
 	if err != nil {
 		return nil // the volume is away or damaged: this is what the escrow is for
 	}
-	now, _, err := w.escrowOf(w.store, rec, t.Volume, bytes)
+	now, _, err := w.escrowOf(w.store, rec, t.Volume, bytes, header)
 	f.Current = err == nil && now.Same(note)
 	return err
 }

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io/fs"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,6 +17,7 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/archive/s3test"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
+	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
@@ -64,11 +67,23 @@ func TestEscrow(t *testing.T) {
 			m.runOK()
 			sums := m.sums()
 			m.news()
+			wantPending := func(when string, want map[string]bool) {
+				t.Helper()
+				for identity, pending := range want {
+					v := m.state(identity)
+					if v.EscrowPending != pending || v.Escrow.IsZero() != (when == "before") {
+						t.Errorf("%s: status of %s: %+v", when, identity, v)
+					}
+				}
+			}
+			wantPending("before", map[string]bool{"ssd1": true, "vol-1": true})
 			done, err := m.escrow()
 			if err != nil || !slices.Equal(sent(done), []string{"ssd1", "vol-1"}) {
 				t.Fatalf("%+v, %v", done, err)
 			}
 			m.untouched(sums)
+			wantPending("sent", map[string]bool{"ssd1": false, "vol-1": false})
+			m.wantMetrics("sent", map[string]float64{"volume_escrowed vol-1 /mnt1": 1})
 			escrowed, _ := m.news()
 			if n := len(slices.DeleteFunc(escrowed, func(e string) bool { return e != "header-escrowed ok" })); n != 2 {
 				t.Errorf("%d events of two escrows", n)
@@ -114,6 +129,7 @@ func TestEscrow(t *testing.T) {
 			if err != nil || len(verified) != 1 || verified[0].Err != nil || verified[0].Current {
 				t.Errorf("after rotate: %+v, %v", verified, err)
 			}
+			wantPending("after rotate", map[string]bool{"ssd1": false, "vol-1": true})
 			if done, err = m.escrow(); err != nil || !slices.Equal(sent(done), []string{"vol-1"}) {
 				t.Errorf("after rotate: %+v, %v", done, err)
 			}
@@ -191,6 +207,43 @@ func TestEscrowBringsBack(t *testing.T) {
 			}
 			_ = s
 		})
+	}
+}
+
+// TestEscrowOfAForgedHeader: what does not open under the data key is no copy of anything.
+func TestEscrowOfAForgedHeader(t *testing.T) {
+	m, s := withEscrow(t, archive.SSE)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	m.reboot()
+	// A token's MAC covers what decides how a volume is opened; this header is whole, and somebody else's work.
+	for _, a := range lukstest.Attacks() {
+		if a.Name == "data moved" { // only the MAC sees it
+			if err := a.Do(d.Path); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if done, err := m.escrow(); err == nil || sent(done) != nil || len(s.Keys(escrowBucket)) != 0 {
+		t.Errorf("%+v, %v", done, err)
+	}
+}
+
+// TestFetchOverwritesNothing: a file that is there is somebody's.
+func TestFetchOverwritesNothing(t *testing.T) {
+	m, s := withEscrow(t, archive.SSE)
+	m.disk(volumes.ClassEBS, "vol-1")
+	m.runOK()
+	if _, err := m.escrow(); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err := m.node().FetchEscrow(t.Context(), s.Keys(escrowBucket)[0], file)
+	if got, rerr := os.ReadFile(file); !errors.Is(err, fs.ErrExist) || string(got) != "mine" {
+		t.Errorf("%q, %v: %v", got, rerr, err)
 	}
 }
 

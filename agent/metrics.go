@@ -109,6 +109,7 @@ func ofVolumes(s Status, keys map[string]keycache.KeyRecord) []metric {
 	mounted := metric{name: "volume_mounted", help: "Whether the volume is mounted.", labels: labels}
 	took := metric{name: "last_run_volume_duration_seconds", help: "How long the last run took over the volume.", labels: labels}
 	created := metric{name: "data_key_created_timestamp_seconds", help: "When the record of the volume's data key was made.", labels: labels}
+	escrowed := metric{name: "volume_escrowed", help: "Whether the escrow has confirmed what the volume's header and records are now.", labels: labels}
 	count, seen := map[string]int{}, map[string]bool{}
 	for _, v := range s.Volumes {
 		state := metricState(v)
@@ -132,6 +133,13 @@ func ofVolumes(s Status, keys map[string]keycache.KeyRecord) []metric {
 		if v.Action != "" {
 			took.add(v.Seconds, id, v.MountPoint)
 		}
+		if v.EscrowPending || !v.Escrow.IsZero() {
+			safe := 1.0
+			if v.EscrowPending {
+				safe = 0
+			}
+			escrowed.add(safe, id, v.MountPoint)
+		}
 		if key, ok := keys[v.KeyID]; ok {
 			created.add(unixTime(key.Created), id, v.MountPoint)
 		}
@@ -139,7 +147,7 @@ func ofVolumes(s Status, keys map[string]keycache.KeyRecord) []metric {
 	for _, state := range metricStates {
 		counts.add(float64(count[state]), state)
 	}
-	return []metric{counts, mounted, took, created}
+	return []metric{counts, mounted, took, created, escrowed}
 }
 
 // metricState is one of metricStates, or "" for a disk that is none of ours.

@@ -186,7 +186,7 @@ func TestMetricStates(t *testing.T) {
 // TestMetricsDocument holds the table in docs/metrics.md, and the names in the alert rules, against what is written.
 func TestMetricsDocument(t *testing.T) {
 	created := map[string]keycache.KeyRecord{"k": {Created: time.Now()}}
-	all := metrics("v1", Status{Result: "ok", Volumes: []VolumeStatus{{Identity: "vol-1", KeyID: "k", State: "mounted", Action: "unlock"}}}, created, true)
+	all := metrics("v1", Status{Result: "ok", Volumes: []VolumeStatus{{Identity: "vol-1", KeyID: "k", State: "mounted", Action: "unlock", EscrowPending: true}}}, created, true)
 	want := map[string][]string{}
 	for _, m := range all {
 		want["luks_kms_agent_"+m.name] = m.labels

@@ -120,6 +120,8 @@ type VolumeStatus struct {
 	OtherKeySlots    *int      `json:"other_key_slots,omitempty"`
 	HeaderBackup     time.Time `json:"header_backup,omitzero"`
 	BackupStale      bool      `json:"header_backup_stale,omitempty"` // the header was changed since
+	Escrow           time.Time `json:"escrow,omitzero"`               // when the last copy was confirmed
+	EscrowPending    bool      `json:"escrow_pending,omitempty"`      // an escrow is configured, and has not what the volume has now
 	PrimaryDamaged   bool      `json:"primary_damaged,omitempty"`
 	SecondaryDamaged bool      `json:"secondary_damaged,omitempty"`
 	Problems         []string  `json:"problems,omitempty"`
@@ -363,6 +365,27 @@ func (n *Node) headers(devices []volumes.Device, records keycache.Records) []Dev
 	})
 }
 
+// describeEscrow fills in whether a volume's header and records are off the node.
+func (n *Node) describeEscrow(v *VolumeStatus, rec keycache.VolumeRecord, disk DeviceFacts, store *keycache.Store) error {
+	if n.cfg.Escrow.Bucket == "" || rec.State != keycache.StateReady {
+		return nil
+	}
+	v.EscrowPending = true
+	note, err := store.Escrow(rec.UUID)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	e := n.cfg.Escrow
+	v.Escrow = note.Confirmed
+	// As with header backups: every change of a header raises its number.
+	changed := disk.Header != nil && disk.Header.Header != nil && disk.Header.Header.SeqID != note.SeqID || rec.Changed.After(note.Time)
+	v.EscrowPending = note.Confirmed.IsZero() || changed || note.Bucket != e.Bucket || note.Mode != e.Mode || note.KeyARN != e.KMSKey
+	return nil
+}
+
 // describe fills in how a recorded volume is now.
 func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts, store *keycache.Store) {
 	problem := func(format string, args ...any) { v.Problems = append(v.Problems, fmt.Sprintf(format, args...)) }
@@ -378,6 +401,9 @@ func (n *Node) describe(v *VolumeStatus, rec keycache.VolumeRecord, f Facts, sto
 		v.HeaderBackup = note.Time
 		v.BackupStale = disk.Header != nil && disk.Header.Header != nil && disk.Header.Header.SeqID != note.SeqID
 	case !errors.Is(err, fs.ErrNotExist):
+		problem("%v", err)
+	}
+	if err := n.describeEscrow(v, rec, disk, store); err != nil {
 		problem("%v", err)
 	}
 

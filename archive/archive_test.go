@@ -6,7 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"maps"
-	"os"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -477,10 +477,21 @@ func TestDataKeyIsWiped(t *testing.T) {
 	}
 }
 
-func TestMain(m *testing.M) {
-	// Nothing of the environment is to be used: with these every call would go elsewhere.
-	for _, name := range []string{"HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"} {
-		_ = os.Setenv(name, "http://127.0.0.1:1")
+// TestNoProxy: Go takes no proxy of the environment for loopback, so this cannot be seen from outside.
+func TestNoProxy(t *testing.T) {
+	c := httpClient()
+	if c.Transport.(*http.Transport).Proxy != nil {
+		t.Error("what is sent goes where HTTPS_PROXY points")
 	}
-	os.Exit(m.Run())
+	if c.CheckRedirect(nil, nil) != http.ErrUseLastResponse {
+		t.Error("redirects are followed")
+	}
+}
+
+// TestPutHasToSay: that a HEAD is content with the object is not enough.
+func TestPutHasToSay(t *testing.T) {
+	b := newBench(t, SSE)
+	b.s3.Behave(s3test.Silent)
+	_, err := b.Put(t.Context(), "x", content(t, 1000), nil)
+	wantReason(t, "Put", err, ReasonEncryption)
 }

@@ -55,6 +55,12 @@ func TestRecordsDocument(t *testing.T) {
 		t.Errorf("the example of a backup's note: %v", err)
 	}
 	same("backup-note", want, n)
+	var e EscrowNote
+	want = example("escrow-note", &e)
+	if err := e.validate(); err != nil {
+		t.Errorf("the example of an escrow's note: %v", err)
+	}
+	same("escrow-note", want, e)
 	var m Manifest
 	same("manifest", example("manifest", &m), m)
 	if v.KeyID != k.ID {

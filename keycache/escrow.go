@@ -21,6 +21,7 @@ type EscrowNote struct {
 	Mode      string    `json:"mode"`
 	KeyARN    string    `json:"key_arn"`            // that encrypts the object
 	Digest    string    `json:"digest"`             // SHA-256 of what is in the object, but for the time
+	SeqID     uint64    `json:"seq_id"`             // of the header
 	Confirmed time.Time `json:"confirmed,omitzero"` // UTC; zero: not yet
 }
 

@@ -40,6 +40,7 @@ const (
 	Honest   Mode = ""
 	Ignores  Mode = "ignores"   // answers 200 and stores plaintext, whatever was asked, as some servers do
 	Lies     Mode = "lies"      // the same, but what is answered to the upload claims what was asked
+	Silent   Mode = "silent"    // encrypts as it was asked, but what is answered to the upload does not say so
 	WrongKey Mode = "wrong key" // encrypts under the bucket's DefaultKey where another was asked, and says so
 )
 
@@ -76,23 +77,34 @@ func (s *S3) encryption(q *request) (e, claims Encryption, dataKey []byte, no *r
 	s.mu.Lock()
 	mode := s.mode
 	s.mu.Unlock()
-	e = Encryption{SSE: q.SSE, KeyARN: q.KeyID, BucketKey: q.Header.Get(headerBucketKey) == "true"}
+	asked := Encryption{SSE: q.SSE, KeyARN: q.KeyID, BucketKey: q.Header.Get(headerBucketKey) == "true"}
 	switch {
-	case e.SSE != "" && e.SSE != AES256 && e.SSE != AWSKMS:
+	case asked.SSE != "" && asked.SSE != AES256 && asked.SSE != AWSKMS:
 		return e, e, nil, invalid("The encryption method specified is not supported")
-	case e.SSE != AWSKMS && e.KeyARN != "":
+	case asked.SSE != AWSKMS && asked.KeyARN != "":
 		return e, e, nil, invalid("Server Side Encryption with AWS KMS managed key requires HTTP header x-amz-server-side-encryption : aws:kms")
 	case mode == Ignores:
-		return Encryption{}, Encryption{}, nil, nil
+		return e, e, nil, nil
 	case mode == Lies:
-		return Encryption{}, e, nil, nil
+		return e, asked, nil, nil
+	}
+	e, dataKey, no = s.encryptionUnder(q, asked, mode)
+	if mode != Silent {
+		claims = e
+	}
+	return e, claims, dataKey, no
+}
+
+// encryptionUnder fills in what was not asked, and asks KMS.
+func (s *S3) encryptionUnder(q *request, e Encryption, mode Mode) (_ Encryption, dataKey []byte, no *refusal) {
+	switch {
 	case e.SSE == "" && q.bucket.DefaultKey != "":
 		e.SSE = AWSKMS
 	case e.SSE == "":
 		e.SSE = AES256 // what S3 does today where nobody asked
 	}
 	if e.SSE == AES256 {
-		return e, e, nil, nil
+		return e, nil, nil
 	}
 	switch {
 	case mode == WrongKey && q.bucket.DefaultKey == "":
@@ -105,17 +117,17 @@ func (s *S3) encryption(q *request) (e, claims Encryption, dataKey []byte, no *r
 		e.KeyARN = "alias/aws/s3" // AWS's key of the account
 	}
 	if parts := strings.Split(e.KeyARN, ":"); len(parts) > 3 && parts[3] != q.bucket.Region {
-		return e, e, nil, refuse(http.StatusBadRequest, "KMS.NotFoundException", "Invalid arn %s", parts[3])
+		return e, nil, refuse(http.StatusBadRequest, "KMS.NotFoundException", "Invalid arn %s", parts[3])
 	}
 	if e.Context, no = encryptionContext(q, e.BucketKey); no != nil {
-		return e, e, nil, no
+		return e, nil, no
 	}
 	out, err := s.kms(q).GenerateDataKey(s.ctx, &kms.GenerateDataKeyInput{KeyId: &e.KeyARN, KeySpec: types.DataKeySpecAes256, EncryptionContext: e.Context})
 	if err != nil {
-		return e, e, nil, ofKMS(err)
+		return e, nil, ofKMS(err)
 	}
 	e.KeyARN, e.Wrapped = aws.ToString(out.KeyId), out.CiphertextBlob
-	return e, e, out.Plaintext, nil
+	return e, out.Plaintext, nil
 }
 
 // encryptionContext is what S3 gives KMS: what the request has, and the ARN.

@@ -391,6 +391,14 @@ func details(v agent.VolumeStatus, now time.Time) []string {
 		}
 		d = append(d, backup)
 	}
+	switch {
+	case v.Escrow.IsZero() && v.EscrowPending:
+		d = append(d, "not in the escrow yet")
+	case v.EscrowPending:
+		d = append(d, fmt.Sprintf("escrowed %s ago, and changed since", age(now.Sub(v.Escrow))))
+	case !v.Escrow.IsZero():
+		d = append(d, fmt.Sprintf("escrowed %s ago", age(now.Sub(v.Escrow))))
+	}
 	return d
 }
 

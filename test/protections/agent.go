@@ -172,7 +172,7 @@ func inAgent() []protection {
 		{"an adopted volume holds a filesystem that we make",
 			[]edit{{apply, "if !slices.Contains(contents, content.Type) {", "if false && !slices.Contains(filesystems, content.Type) {"}}, "./agent TestVolumeWithoutAFilesystemIsNotAdopted"},
 		{"a volume is closed again where its adoption fails",
-			[]edit{{apply, "return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))\n\t}\n\treturn a.mount(ctx, *act, v.Mapping)\n}\n\n// filesystemOf", "return err\n\t}\n\treturn a.mount(ctx, *act, v.Mapping)\n}\n\n// filesystemOf"}}, "./agent TestVolumeWithoutAFilesystemIsNotAdopted"},
+			[]edit{{apply, "return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), v.Mapping))\n\t}\n\treturn a.use(ctx, *act, v.Mapping, given(key, rec))\n}\n\n// filesystemOf", "return err\n\t}\n\treturn a.use(ctx, *act, v.Mapping, given(key, rec))\n}\n\n// filesystemOf"}}, "./agent TestVolumeWithoutAFilesystemIsNotAdopted"},
 		{"records are moved to quarantine before anything rests on them",
 			[]edit{{apply, "if err := a.quarantine(p); err != nil {", "if false {\n\t\tvar err error"}}, "./agent TestRecordsOfAnImageAreNotUsed"},
 		{"unlock never formats",

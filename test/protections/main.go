@@ -41,7 +41,7 @@ func (p protection) inVM() bool { return strings.HasPrefix(p.test, "./test/vm ")
 
 // all are the protections, by the room that has them.
 func all() []protection {
-	return slices.Concat(inAgent(), inLuks(), inKeycache(), inVolumes(), inSystemd(), inCommands(), inHeaders(), inStories())
+	return slices.Concat(inAgent(), inLuks(), inKeycache(), inVolumes(), inSystemd(), inCommands(), inHeaders(), inEscrow(), inStories())
 }
 
 // apply returns the files of the edits as they are without the protection.

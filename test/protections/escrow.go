@@ -1,0 +1,30 @@
+package main
+
+// What keeps copies of headers and records off the node, and takes none that somebody changed.
+func inEscrow() []protection {
+	const objects, client, archive, escrow, apply = "archive/objects.go", "archive/client_side.go", "archive/archive.go", "agent/escrow.go", "agent/apply.go"
+	return []protection{
+		one("an object is never overwritten", objects, `IfNoneMatch: aws.String("*"), `, ``, "./archive TestPutNeverOverwrites"),
+		one("what is there already is compared", objects, "case existed != nil && o.SHA256 != digest:", "case false:", "./archive TestPutNeverOverwrites"),
+		one("a PUT's answer has to say the encryption", objects, "if err == nil && c.options.Mode == SSE {", "if false {", "./archive TestPutHasToSay"),
+		one("a HEAD has to say the encryption", objects, "		return c.check(o.Encryption)\n	})\n	return o, err", "		return nil\n	})\n	return o, err", "./archive TestServerThatDoesNotEncrypt/it_lies"),
+		one("an object in the clear is not read", objects, "if err := c.check(o.Encryption); err != nil {\n			return err\n		}\n		data, err", "data, err", "./archive TestServerThatDoesNotEncrypt"),
+		one("encryption under another key is none", objects, "case e.KeyARN != c.options.KeyARN:", "case false:", "./archive TestServerThatDoesNotEncrypt/it_takes_another_key"),
+		one("the content is what was put", objects, `o.SHA256 != "" && o.SHA256 != hex`, `false && o.SHA256 != hex`, "./archive TestTampered/another_SHA-256"),
+		one("a bucket of another account gets nothing", objects, "ExpectedBucketOwner: c.owner(), Body", "Body", "./archive TestFaults/another_account"),
+		one("nothing is opened without its own context", client, "req.KeyringAlg != wrapping || len(description) != 1 || ", "req.KeyringAlg != wrapping || ", "./archive TestTampered/more_in_the_context"),
+		one("a data key under another key's name is not used", client, " || description[contextKey] != m.keyARN {", " {", "./archive TestTampered/another_key's_ARN"),
+		one("nothing is looked for beside an object", client, "if _, ok := clientKey(metadata); !ok {", "if false {", "./archive TestNoInstructionFile"),
+		one("a cipher that protects nothing is refused", client, " || metadata[metaContent] != contentGCM {", " {", "./archive TestTampered/a_cipher_without_a_tag"),
+		one("the data key of an object is wiped", client, "func (m *manager) wipe() { clear(m.key) }", "func (m *manager) wipe() {}", "./archive TestDataKeyIsWiped"),
+		one("no proxy of the environment gets what is sent", archive, "		Transport: &http.Transport{\n", "		Transport: &http.Transport{\n			Proxy: http.ProxyFromEnvironment,\n", "./archive TestNoProxy"),
+		one("an AWS managed key is refused", archive, `case strings.Contains(o.KeyARN, "alias/aws/"):`, "case false:", "./archive TestCheck"),
+
+		one("what is sent opens", escrow, "	if err := header.Verify(key); err != nil {\n		return err\n	}\n	if err := w.store.PutEscrow(note); err != nil {", "	_ = key\n	if err := w.store.PutEscrow(note); err != nil {", "./agent TestEscrowOfAForgedHeader"),
+		one("what is to be sent is noted before", escrow, "	if err := w.store.PutEscrow(note); err != nil {\n		return err\n	}\n	w.reached", "	w.reached", "./agent TestEscrowIsCut"),
+		one("only what S3 confirmed is noted as safe", escrow, "		if p.Err == nil {\n			p.Err = n.confirm(store, p.note)\n		}", "		p.Err = errors.Join(p.Err, n.confirm(store, p.note))", "./agent TestEscrowIsCut"),
+		one("a volume waits for its escrow", apply, "if err := a.holdBack(ctx, act, open); err != nil {", "if err := a.holdBack(ctx, act, open); err != nil && false {", "./agent TestEscrowRequired"),
+		one("a volume that waits is closed", apply, "return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), mapping))\n	}\n	return a.mount(ctx, act, mapping)", "return err\n	}\n	return a.mount(ctx, act, mapping)", "./agent TestEscrowRequired"),
+		one("a copy is no file that overwrites another", escrow, "	there, rerr := keycache.ReadBackup(path)\n	if rerr != nil || there.Manifest != b.Manifest {\n		return err\n	}\n", "", "./agent TestFetchOverwritesNothing"),
+	}
+}

@@ -23,7 +23,7 @@ func (s *S3) Deny(ops ...string) {
 	}
 }
 
-// Trust makes S3 accept only the credentials that f has no error for. The code of the refusal is that of the error if it has one (smithy.APIError),
+// Trust makes S3 accept only the credentials that f has no error for; nil is all. The code of the refusal is that of the error if it has one (smithy.APIError),
 // else InvalidAccessKeyId.
 func (s *S3) Trust(f func(accessKey, token string) error) {
 	s.mu.Lock()

@@ -104,6 +104,7 @@ func (s *S3) encryptionUnder(q *request, e Encryption, mode Mode) (_ Encryption,
 		e.SSE = AES256 // what S3 does today where nobody asked
 	}
 	if e.SSE == AES256 {
+		e.BucketKey = false
 		return e, nil, nil
 	}
 	switch {

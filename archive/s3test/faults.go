@@ -27,11 +27,11 @@ func (s *S3) Fail(f Fault) {
 	s.faults = append(s.faults, &f)
 }
 
-// Heal takes all faults and denials away, and makes the server honest and its clock right.
+// Heal takes all faults and denials away, and makes the server honest and its clock right. Whom it trusts stays.
 func (s *S3) Heal() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.faults, s.denied, s.mode, s.ahead, s.trust = nil, map[string]bool{}, Honest, 0, nil
+	s.faults, s.denied, s.mode, s.ahead = nil, map[string]bool{}, Honest, 0
 }
 
 // fault returns the fault that applies to a call of op and uses it up. The caller has locked.

@@ -186,9 +186,6 @@ func (s *S3) completeUpload(q *request, a *answer) *refusal {
 	if no := s.store(q, o, a); no != nil {
 		return no
 	}
-	s.mu.Lock()
-	delete(s.uploads, u.id)
-	s.mu.Unlock()
 	u.claims.tell(a.header)
 	a.header.Del("Etag") // it is in the body
 	a.xml(struct {

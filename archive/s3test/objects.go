@@ -189,12 +189,19 @@ func noSuchKey() *refusal {
 	return refuse(http.StatusNotFound, "NoSuchKey", "The specified key does not exist.")
 }
 
-// store keeps an object if the condition (still) holds, and says so.
+// store keeps an object if the condition (still) holds and its upload is (still) there, and says so.
 func (s *S3) store(q *request, o *stored, a *answer) *refusal {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if no := s.condition(q); no != nil {
 		return no
+	}
+	if q.query.Has("uploadId") {
+		u, no := s.upload(q)
+		if no != nil {
+			return no
+		}
+		delete(s.uploads, u.id)
 	}
 	s.keep(q.Bucket, q.Key, o)
 	if a.header.Set("Etag", o.ETag); o.Version != "" {

@@ -298,7 +298,7 @@ func notImplemented(name string) *refusal {
 	return refuse(http.StatusNotImplemented, "NotImplemented", "A header you provided implies functionality that is not implemented: %s", name)
 }
 
-// answer is the refusal as XML; that to a HEAD has no body.
+// answer is the refusal as XML.
 func (no *refusal) answer(q *request) *answer {
 	a := &answer{status: no.status, header: http.Header{}}
 	a.xml(struct {
@@ -313,13 +313,10 @@ func (no *refusal) answer(q *request) *answer {
 	for name, value := range no.header {
 		a.header.Set(name, value)
 	}
-	if q.Method == http.MethodHead || no.status == http.StatusNotModified {
-		a.body = nil
-	}
 	return a
 }
 
-// send writes an answer, as a fault wants it.
+// send writes an answer, as a fault wants it. That to a HEAD has no body.
 func (s *S3) send(w http.ResponseWriter, r *http.Request, a *answer, fault Fault) {
 	body, head := a.body, r.Method == http.MethodHead
 	if !head && a.status != http.StatusNoContent && a.status != http.StatusNotModified {

@@ -126,6 +126,9 @@ func (n *Node) Administer(op string, in, out any) {
 	}
 }
 
+// UpstreamKMS is the URL at which other servers of the host reach the node's KMS: what they ask is not recorded.
+func (n *Node) UpstreamKMS() string { return strings.TrimSuffix(n.servers.upstream, "/") }
+
 func (n *Node) overlay() string { return filepath.Join(n.dir, "boot.qcow2") }
 
 // Boot switches the node on and waits until it answers and logins are possible. It does not wait for the agent: the

@@ -31,7 +31,7 @@ func withEscrow(t *testing.T, mode archive.Mode) (*machine, *s3test.S3) {
 	m := newMachine(t)
 	m.kms.Trust(m.imds) // also what S3 asks, it asks as the node's role
 	m.kms.AllowContext()
-	s := s3test.New(t, m.kms.URL())
+	s := s3test.New(t, s3test.Options{KMS: m.kms.URL()})
 	s.NewBucket(escrowBucket, s3test.Bucket{})
 	m.cfg.Escrow.Bucket, m.cfg.Escrow.Mode, m.cfg.Escrow.Endpoint = escrowBucket, string(mode), s.URL()
 	m.cfg.Escrow.KMSKey = m.kms.NewKey(kmstest.KeySpec{})
@@ -133,7 +133,7 @@ func TestEscrow(t *testing.T) {
 			if done, err = m.escrow(); err != nil || !slices.Equal(sent(done), []string{"vol-1"}) {
 				t.Errorf("after rotate: %+v, %v", done, err)
 			}
-			if names := s.Names(escrowBucket); len(names) != 3 {
+			if names := s.Keys(escrowBucket); len(names) != 3 {
 				t.Errorf("%v: what was there before has to stay", names)
 			}
 			// Elsewhere, and under another key, it is not there yet.
@@ -224,7 +224,7 @@ func TestEscrowOfAForgedHeader(t *testing.T) {
 			}
 		}
 	}
-	if done, err := m.escrow(); err == nil || sent(done) != nil || len(s.Names(escrowBucket)) != 0 {
+	if done, err := m.escrow(); err == nil || sent(done) != nil || len(s.Keys(escrowBucket)) != 0 {
 		t.Errorf("%+v, %v", done, err)
 	}
 }
@@ -241,7 +241,7 @@ func TestFetchOverwritesNothing(t *testing.T) {
 	if err := os.WriteFile(file, []byte("mine"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	err := m.node().FetchEscrow(t.Context(), s.Names(escrowBucket)[0], file)
+	err := m.node().FetchEscrow(t.Context(), s.Keys(escrowBucket)[0], file)
 	if got, rerr := os.ReadFile(file); !errors.Is(err, fs.ErrExist) || string(got) != "mine" {
 		t.Errorf("%q, %v: %v", got, rerr, err)
 	}
@@ -307,8 +307,8 @@ func TestEscrowIsCut(t *testing.T) {
 			} else if err != nil || len(sent(done)) != 1 || note().Confirmed.IsZero() {
 				t.Errorf("%+v, %v", done, err)
 			}
-			if note().Object != first.Object || len(s.Names(escrowBucket)) != 1 {
-				t.Errorf("%v, %s was %s", s.Names(escrowBucket), note().Object, first.Object)
+			if note().Object != first.Object || len(s.Keys(escrowBucket)) != 1 {
+				t.Errorf("%v, %s was %s", s.Keys(escrowBucket), note().Object, first.Object)
 			}
 		})
 	}
@@ -344,8 +344,8 @@ func TestEscrowRequired(t *testing.T) {
 			if done, err := m.escrow(); err != nil || sent(done) != nil {
 				t.Errorf("what the run sent is not what there is: %+v, %v", done, err)
 			}
-			if len(m.mounts) != 1 || len(s.Names(escrowBucket)) != 1 || len(m.records().Volumes) != 1 {
-				t.Errorf("mounted %v, escrow %v", m.mounts, s.Names(escrowBucket))
+			if len(m.mounts) != 1 || len(s.Keys(escrowBucket)) != 1 || len(m.records().Volumes) != 1 {
+				t.Errorf("mounted %v, escrow %v", m.mounts, s.Keys(escrowBucket))
 			}
 			// A reboot asks S3 nothing.
 			m.reboot()
@@ -409,7 +409,7 @@ func TestEscrowOfAnother(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.reboot()
-	name := s.Names(escrowBucket)[0]
+	name := s.Keys(escrowBucket)[0]
 	s.Add(escrowBucket, name, []byte("in the clear"), map[string]string{"identity": "vol-1", "class": string(volumes.ClassEBS)})
 	file := filepath.Join(t.TempDir(), "copy")
 	var e *archive.Error

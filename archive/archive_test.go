@@ -41,7 +41,7 @@ func newBench(t *testing.T, mode Mode, edit ...func(*Options)) *bench {
 	b := &bench{t: t, kms: kmstest.NewKMS(t)}
 	b.kms.AllowContext()
 	b.key = b.kms.NewKey(kmstest.KeySpec{})
-	b.s3 = s3test.New(t, b.kms.URL())
+	b.s3 = s3test.New(t, s3test.Options{KMS: b.kms.URL()})
 	b.s3.NewBucket(bucket, s3test.Bucket{})
 	o := Options{Bucket: bucket, Region: s3test.Region, Mode: mode, KeyARN: b.key, Endpoint: b.s3.URL(), KMSEndpoint: b.kms.URL(), Credentials: role, Timeout: 20 * time.Second}
 	for _, f := range edit {
@@ -60,6 +60,17 @@ func newBench(t *testing.T, mode Mode, edit ...func(*Options)) *bench {
 	c.s3 = s3.New(so)
 	b.Client = c
 	return b
+}
+
+// tamper changes an object where it lies, and its metadata.
+func (b *bench) tamper(name string, change func(data []byte, metadata map[string]string) []byte) {
+	b.t.Helper()
+	o, ok := b.s3.Object(bucket, name)
+	if !ok {
+		b.t.Fatalf("there is no %s", name)
+	}
+	b.s3.Tamper(bucket, name, func(d []byte) []byte { return change(d, o.Metadata) })
+	b.s3.SetMetadata(bucket, name, o.Metadata)
 }
 
 // content is something that cannot be told from noise, as a header is.
@@ -119,8 +130,8 @@ func TestPutAndGet(t *testing.T) {
 			}
 			// S3 does not encrypt under KMS what the node has encrypted.
 			for _, c := range b.s3.Calls() {
-				if c.Op == "PutObject" && (c.Algorithm == "aws:kms") != (mode == SSE) {
-					t.Errorf("%s: the PUT asks for %q", mode, c.Algorithm)
+				if c.Op == "PutObject" && (c.SSE == "aws:kms") != (mode == SSE) {
+					t.Errorf("%s: the PUT asks for %q", mode, c.SSE)
 				}
 			}
 		}
@@ -149,7 +160,7 @@ func TestPutNeverOverwrites(t *testing.T) {
 		if _, err := b.Put(t.Context(), "y", data, nil); err != nil {
 			t.Errorf("%s: %v", mode, err)
 		}
-		if names := b.s3.Names(bucket); !slices.Equal(names, []string{"x", "y"}) {
+		if names := b.s3.Keys(bucket); !slices.Equal(names, []string{"x", "y"}) {
 			t.Errorf("%s: %v", mode, names)
 		}
 	}
@@ -173,8 +184,8 @@ func TestServerThatDoesNotEncrypt(t *testing.T) {
 				t.Errorf("%d PUTs", puts)
 			}
 			for _, c := range b.s3.Calls() {
-				if c.Op == "PutObject" && c.Algorithm != "aws:kms" {
-					t.Errorf("a PUT asks for encryption %q", c.Algorithm)
+				if c.Op == "PutObject" && c.SSE != "aws:kms" {
+					t.Errorf("a PUT asks for encryption %q", c.SSE)
 				}
 			}
 			_, _, err = b.Get(t.Context(), "x")
@@ -229,7 +240,7 @@ func TestTampered(t *testing.T) {
 			if _, err := b.Put(t.Context(), "x", content(t, 1000), nil); err != nil {
 				t.Fatal(err)
 			}
-			b.s3.Tamper(bucket, "x", c.change)
+			b.tamper("x", c.change)
 			data, _, err := b.Get(t.Context(), "x")
 			wantReason(t, name, err, c.reason)
 			if data != nil {
@@ -262,7 +273,7 @@ func TestEMRFS(t *testing.T) {
 	if _, err := b.Put(t.Context(), "x", data, nil); err != nil {
 		t.Fatal(err)
 	}
-	b.s3.Tamper(bucket, "x", func(d []byte, m map[string]string) []byte {
+	b.tamper("x", func(d []byte, m map[string]string) []byte {
 		want := map[string]string{"x-amz-wrap-alg": "kms", "x-amz-cek-alg": "AES/GCM/NoPadding", "x-amz-tag-len": "128", "x-amz-matdesc": `{"kms_cmk_id":"` + b.key + `"}`, "x-amz-unencrypted-content-length": "5000"}
 		for name, value := range want {
 			if m[name] != value {
@@ -331,7 +342,7 @@ func TestFaults(t *testing.T) {
 			if back, _, err := b.Get(t.Context(), "x"); err != nil || !bytes.Equal(back, data) {
 				t.Errorf("afterwards: %v", err)
 			}
-			if names := b.s3.Names(bucket); len(names) != 1 {
+			if names := b.s3.Keys(bucket); len(names) != 1 {
 				t.Errorf("%v", names)
 			}
 		})
@@ -346,7 +357,7 @@ func TestCutAnswers(t *testing.T) {
 		if _, err := b.Put(t.Context(), "x", data, nil); err != nil {
 			t.Fatal(err)
 		}
-		b.s3.Fail(s3test.Fault{Op: "GetObject", After: 1 << 19})
+		b.s3.Fail(s3test.Fault{Op: "GetObject", CutAfter: 1 << 19})
 		back, _, err := b.Get(t.Context(), "x")
 		if wantReason(t, string(mode), err, ReasonUnavailable); back != nil {
 			t.Errorf("%s: %d bytes", mode, len(back))
@@ -370,7 +381,7 @@ func TestGetOfNothing(t *testing.T) {
 
 func TestObjectLock(t *testing.T) {
 	b := newBench(t, SSE)
-	b.s3.NewBucket(bucket, s3test.Bucket{Locked: true})
+	b.s3.NewBucket(bucket, s3test.Bucket{ObjectLock: true})
 	data := content(t, 1000)
 	for range 2 {
 		if _, err := b.Put(t.Context(), "x", data, nil); err != nil {

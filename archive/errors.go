@@ -96,6 +96,7 @@ var reasons = map[string]Reason{
 	"MovedPermanently":                   ReasonWrongRegion, // of a HEAD
 
 	"BadDigest":                  ReasonUnavailable, // the bytes were changed on the way
+	"XAmzContentSHA256Mismatch":  ReasonUnavailable,
 	"InvalidDigest":              ReasonUnavailable,
 	"IncompleteBody":             ReasonUnavailable,
 	"RequestTimeout":             ReasonUnavailable,

@@ -1,253 +1,347 @@
 package s3test
 
 import (
-	"bufio"
 	"bytes"
+	"cmp"
 	"crypto/md5"
-	"crypto/sha1"
-	"crypto/sha256"
-	"encoding/base64"
+	"crypto/rand"
 	"encoding/hex"
 	"fmt"
-	"hash"
-	"hash/crc32"
-	"hash/crc64"
-	"io"
+	"maps"
 	"net/http"
-	"net/textproto"
-	"net/url"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// caller is who signed a request.
-type caller struct {
-	accessKey, token, region, date string
+// Object is what the server knows of an object, beside its content.
+type Object struct {
+	Encryption
+	Size        int64  // of the content in the clear
+	ETag        string // with its quotes
+	Version     string // "" in a bucket without ObjectLock
+	Modified    time.Time
+	ContentType string
+	Encoding    string            // Content-Encoding
+	Metadata    map[string]string // names in lower case, without x-amz-meta-
 }
 
-var scope = regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=([^/,]+)/\d{8}/([^/]+)/s3/aws4_request,`)
-
-func credentials(r *http.Request) caller {
-	m := scope.FindStringSubmatch(r.Header.Get("Authorization"))
-	if m == nil {
-		return caller{}
-	}
-	return caller{accessKey: m[1], region: m[2], token: r.Header.Get("X-Amz-Security-Token"), date: r.Header.Get("X-Amz-Date")}
+// stored is an object as it lies on the server. What it holds is replaced and never changed: requests share it.
+type stored struct {
+	Object
+	data []byte // ciphertext where Encryption has a wrapped key
+	sums http.Header
 }
 
-// allowed is all that is asked before the object is looked at.
-func (s *S3) allowed(call Call, c caller, r *http.Request) (Bucket, *refusal) {
+// Stored is what lies on the server, ciphertext where it encrypted under a KMS key; nil without an object.
+func (s *S3) Stored(bucket, key string) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b, ok := s.buckets[call.Bucket]
-	signed, err := time.Parse("20060102T150405Z", c.date)
-	switch {
-	case c.accessKey == "":
-		return b, refuse(http.StatusForbidden, "AccessDenied", "Access Denied")
-	case err != nil || time.Now().Add(s.ahead).Sub(signed).Abs() > 15*time.Minute:
-		return b, refuse(http.StatusForbidden, "RequestTimeTooSkewed", "The difference between the request time and the current time is too large.")
-	case !ok:
-		return b, refuse(http.StatusNotFound, "NoSuchBucket", "The specified bucket does not exist")
-	case c.region != b.Region:
-		no := refuse(http.StatusMovedPermanently, "PermanentRedirect", "The bucket you are attempting to access must be addressed using the specified endpoint.")
-		no.header = map[string]string{"X-Amz-Bucket-Region": b.Region}
-		return b, no
-	case r.Header.Get("X-Amz-Expected-Bucket-Owner") != "" && r.Header.Get("X-Amz-Expected-Bucket-Owner") != b.Owner:
-		return b, refuse(http.StatusForbidden, "AccessDenied", "Access Denied")
-	case s.denied[call.Op]:
-		return b, refuse(http.StatusForbidden, "AccessDenied", "User: arn:aws:sts::%s:assumed-role/node/i-0 is not authorized to perform: s3:%s on resource: %q", Account, call.Op, call.Bucket+"/"+call.Name)
+	if o := s.newest(bucket, key); o != nil {
+		return bytes.Clone(o.data)
 	}
-	return b, nil
+	return nil
 }
 
-func (s *S3) serve(call Call, c caller, r *http.Request, a *answer) *refusal {
-	b, no := s.allowed(call, c, r)
-	if no != nil {
-		return no
+// Object returns what the server knows of an object. ok is false without one.
+func (s *S3) Object(bucket, key string) (o Object, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	there := s.newest(bucket, key)
+	if there == nil {
+		return o, false
 	}
-	switch call.Op {
-	case "PutObject":
-		return s.put(b, call, c, r, a)
-	case "ListObjectsV2":
-		return s.list(call, r.URL.Query(), a)
+	o = there.Object
+	o.Metadata, o.Context, o.Wrapped = maps.Clone(o.Metadata), maps.Clone(o.Context), bytes.Clone(o.Wrapped)
+	return o, true
+}
+
+// Versions returns how many versions of an object there are.
+func (s *S3) Versions(bucket, key string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.objects[bucket][key])
+}
+
+// Keys lists the objects of a bucket, in S3's order.
+func (s *S3) Keys(bucket string) []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Sorted(maps.Keys(s.objects[bucket]))
+}
+
+// Add stores an object as a client put it there that asked for no encryption, in a bucket that has none either.
+func (s *S3) Add(bucket, key string, data []byte, metadata map[string]string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.objects[bucket] == nil {
+		s.t.Fatalf("s3test: there is no bucket %s", bucket)
 	}
-	var o *stored
-	s.locked(func() {
-		if found := s.objects[call.Bucket][call.Name]; found != nil {
-			copied := *found
-			o = &copied
+	o := &stored{data: bytes.Clone(data), Object: Object{Size: int64(len(data)), ETag: etagOf(data), ContentType: binary, Metadata: maps.Clone(metadata), Encryption: Encryption{SSE: AES256}}}
+	s.keep(bucket, key, o)
+}
+
+// Tamper changes what lies on the server: the ciphertext, where it encrypted under a KMS key. No checksum tells.
+func (s *S3) Tamper(bucket, key string, change func(data []byte) []byte) {
+	s.edit(bucket, key, func(o *stored) {
+		o.data, o.sums = change(bytes.Clone(o.data)), nil
+		if o.Wrapped == nil {
+			o.Size = int64(len(o.data))
 		}
 	})
-	if o == nil {
-		return refuse(http.StatusNotFound, "NoSuchKey", "The specified key does not exist.")
+}
+
+// SetMetadata replaces the metadata of an object.
+func (s *S3) SetMetadata(bucket, key string, metadata map[string]string) {
+	s.edit(bucket, key, func(o *stored) { o.Metadata = maps.Clone(metadata) })
+}
+
+func (s *S3) edit(bucket, key string, change func(*stored)) {
+	s.t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	there := s.newest(bucket, key)
+	if there == nil {
+		s.t.Fatalf("s3test: there is no %s/%s", bucket, key)
+		return
 	}
-	if call.Op == "DeleteObject" {
-		if b.Locked {
-			return refuse(http.StatusForbidden, "AccessDenied", "Access Denied because object protected by object lock.")
+	o := *there
+	change(&o)
+	versions := s.objects[bucket][key]
+	versions[len(versions)-1] = &o
+}
+
+// newest is the version that there is, nil without one. The caller has locked.
+func (s *S3) newest(bucket, key string) *stored {
+	if versions := s.objects[bucket][key]; len(versions) > 0 {
+		return versions[len(versions)-1]
+	}
+	return nil
+}
+
+// keep puts an object in its place. The caller has locked.
+func (s *S3) keep(bucket, key string, o *stored) {
+	o.Modified = s.now()
+	if !s.buckets[bucket].ObjectLock {
+		s.objects[bucket][key] = []*stored{o}
+		return
+	}
+	o.Version = rand.Text()
+	s.objects[bucket][key] = append(s.objects[bucket][key], o)
+}
+
+const binary = "binary/octet-stream" // what has no Content-Type
+
+// properties are those that a request gives an object.
+func properties(q *request) (o Object, no *refusal) {
+	o = Object{ContentType: cmp.Or(q.Header.Get("Content-Type"), binary), Metadata: map[string]string{}}
+	encodings := slices.DeleteFunc(strings.Split(q.Header.Get("Content-Encoding"), ","), func(e string) bool { return strings.TrimSpace(e) == "aws-chunked" })
+	o.Encoding = strings.TrimSpace(strings.Join(encodings, ","))
+	size := 0
+	for name, values := range q.Header {
+		if short, ok := strings.CutPrefix(name, headerMeta); ok {
+			o.Metadata[strings.ToLower(short)] = strings.Join(values, ",")
+			size += len(short) + len(o.Metadata[strings.ToLower(short)])
 		}
-		s.locked(func() { delete(s.objects[call.Bucket], call.Name) })
-		a.status = http.StatusNoContent
-		return nil
 	}
-	o.tell(a.header)
-	a.header.Set("Content-Length", strconv.Itoa(o.size))
-	if call.Op == "HeadObject" {
-		return nil
+	if size > 2<<10 {
+		return o, refuse(http.StatusBadRequest, "MetadataTooLarge", "Your metadata headers exceed the maximum allowed metadata size")
 	}
-	a.body, no = s.decrypted(call, c, o)
-	return no
+	return o, nil
 }
 
-// tell are the properties in an answer.
-func (o *stored) tell(h http.Header) {
-	for name, value := range o.metadata {
-		h.Set("X-Amz-Meta-"+name, value)
-	}
-	h.Set("Etag", o.etag)
-	h.Set("Last-Modified", o.modified.UTC().Format(http.TimeFormat))
-	o.tellEncryption(h)
+// etagOf is the ETag of what S3 encrypts with keys of its own.
+func etagOf(data []byte) string { return quoted(sum(md5.New(), data)) }
+
+func quoted(sum []byte) string { return `"` + hex.EncodeToString(sum) + `"` }
+
+// opaque is the ETag of what is encrypted under a KMS key.
+func opaque() string {
+	etag := make([]byte, md5.Size)
+	_, _ = rand.Read(etag) // never fails
+	return quoted(etag)
 }
 
-func (o *stored) tellEncryption(h http.Header) {
-	if o.algorithm != "" {
-		h.Set("X-Amz-Server-Side-Encryption", o.algorithm)
+// condition is what a write asks of the object that is there. The caller has locked.
+func (s *S3) condition(q *request) *refusal {
+	there := s.newest(q.Bucket, q.Key)
+	switch none, match := q.Header.Get("If-None-Match"), q.Header.Get("If-Match"); {
+	case none != "" && none != "*":
+		return notImplemented("If-None-Match")
+	case match != "" && there == nil:
+		return noSuchKey()
+	case none != "" && there != nil, match != "" && !matches(match, there.ETag):
+		return preconditionFailed()
 	}
-	if o.keyARN != "" {
-		h.Set("X-Amz-Server-Side-Encryption-Aws-Kms-Key-Id", o.keyARN)
-	}
+	return nil
 }
 
-func (s *S3) put(b Bucket, call Call, c caller, r *http.Request, a *answer) *refusal {
-	data, no := body(r)
+func matches(condition, etag string) bool {
+	return condition == "*" || strings.Trim(condition, `"`) == strings.Trim(etag, `"`)
+}
+
+func preconditionFailed() *refusal {
+	return refuse(http.StatusPreconditionFailed, "PreconditionFailed", "At least one of the pre-conditions you specified did not hold")
+}
+
+func noSuchKey() *refusal {
+	return refuse(http.StatusNotFound, "NoSuchKey", "The specified key does not exist.")
+}
+
+// store keeps an object if the condition (still) holds and its upload is (still) there, and says so.
+func (s *S3) store(q *request, o *stored, a *answer) *refusal {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if no := s.condition(q); no != nil {
+		return no
+	}
+	if q.query.Has("uploadId") {
+		u, no := s.upload(q)
+		if no != nil {
+			return no
+		}
+		delete(s.uploads, u.id)
+	}
+	s.keep(q.Bucket, q.Key, o)
+	if a.header.Set("Etag", o.ETag); o.Version != "" {
+		a.header.Set("X-Amz-Version-Id", o.Version)
+	}
+	return nil
+}
+
+func (s *S3) putObject(q *request, a *answer) *refusal {
+	s.mu.Lock()
+	no := s.condition(q)
+	s.mu.Unlock()
 	if no != nil {
 		return no
 	}
-	exists := func() (is bool) {
-		s.locked(func() { is = s.objects[call.Bucket][call.Name] != nil })
-		return is
-	}
-	taken := refuse(http.StatusPreconditionFailed, "PreconditionFailed", "At least one of the pre-conditions you specified did not hold")
-	switch {
-	case r.Header.Get("If-None-Match") == "*" && exists():
-		return taken
-	case b.Locked && exists():
-		return refuse(http.StatusForbidden, "AccessDenied", "Access Denied because object protected by object lock.")
-	}
-	o := &stored{size: len(data), metadata: map[string]string{}, etag: etag(data), modified: time.Now()}
-	for name, values := range r.Header {
-		if short, ok := strings.CutPrefix(strings.ToLower(name), "x-amz-meta-"); ok {
-			o.metadata[short] = values[0]
-		}
-	}
-	if no := s.encrypt(b, call, c, o, data); no != nil {
+	o := &stored{sums: q.sums}
+	if o.Object, no = properties(q); no != nil {
 		return no
 	}
+	e, claims, dataKey, no := s.encryption(q)
+	if no != nil {
+		return no
+	}
+	o.Encryption, o.Size, o.ETag, o.data = e, int64(len(q.data)), etagOf(q.data), seal(dataKey, q.data)
+	if dataKey != nil {
+		o.ETag = opaque()
+	}
+	if no := s.store(q, o, a); no != nil {
+		return no
+	}
+	claims.tell(a.header)
+	maps.Copy(a.header, q.sums)
+	return nil
+}
+
+// find returns the object that a request is about.
+func (s *S3) find(q *request) (*stored, *refusal) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if r.Header.Get("If-None-Match") == "*" && s.objects[call.Bucket][call.Name] != nil {
-		return taken
-	}
-	s.objects[call.Bucket][call.Name] = o
-	a.header.Set("Etag", o.etag)
-	switch s.mode {
-	case Lies:
-		(&stored{algorithm: call.Algorithm, keyARN: call.KeyID}).tellEncryption(a.header)
-	case Silent:
-	default:
-		o.tellEncryption(a.header)
-	}
-	return nil
-}
-
-func (s *S3) list(call Call, q url.Values, a *answer) *refusal {
-	type content struct {
-		Key          string
-		LastModified string
-		ETag         string
-		Size         int
-	}
-	type result struct {
-		XMLName               struct{} `xml:"ListBucketResult"`
-		Name, Prefix          string
-		KeyCount, MaxKeys     int
-		IsTruncated           bool
-		NextContinuationToken string `xml:",omitempty"`
-		Contents              []content
-	}
-	out := result{Name: call.Bucket, Prefix: q.Get("prefix"), MaxKeys: 1000}
-	if n, err := strconv.Atoi(q.Get("max-keys")); err == nil {
-		out.MaxKeys = min(n, out.MaxKeys)
-	}
-	after, _ := base64.StdEncoding.DecodeString(q.Get("continuation-token"))
-	for _, name := range s.Names(call.Bucket) {
-		if !strings.HasPrefix(name, out.Prefix) || name <= string(after) {
-			continue
-		}
-		if len(out.Contents) == out.MaxKeys {
-			out.IsTruncated = true
-			out.NextContinuationToken = base64.StdEncoding.EncodeToString([]byte(out.Contents[out.MaxKeys-1].Key))
-			break
-		}
-		s.locked(func() {
-			o := s.objects[call.Bucket][name]
-			out.Contents = append(out.Contents, content{Key: name, LastModified: o.modified.UTC().Format(time.RFC3339), ETag: o.etag, Size: o.size})
-		})
-	}
-	out.KeyCount = len(out.Contents)
-	a.xml(out)
-	return nil
-}
-
-// unchunk takes the framing of aws-chunked off: SIZE[;signature]\r\nDATA\r\n … 0\r\n, and headers after it.
-func unchunk(raw []byte) (data []byte, trailer http.Header, err error) {
-	r := bufio.NewReader(bytes.NewReader(raw))
-	for {
-		line, err := r.ReadString('\n')
-		if err != nil {
-			return nil, nil, fmt.Errorf("a chunk's size: %w", err)
-		}
-		size, err := strconv.ParseInt(strings.TrimSpace(strings.SplitN(line, ";", 2)[0]), 16, 64)
-		if err != nil || size < 0 || size > limit {
-			return nil, nil, fmt.Errorf("a chunk's size is %q", line)
-		}
-		if size == 0 {
-			break
-		}
-		chunk := make([]byte, size+2)
-		if _, err := io.ReadFull(r, chunk); err != nil {
-			return nil, nil, fmt.Errorf("a chunk of %d bytes: %w", size, err)
-		}
-		data = append(data, chunk[:size]...)
-	}
-	header, err := textproto.NewReader(r).ReadMIMEHeader()
-	if err != nil && len(header) == 0 && err != io.EOF {
-		return nil, nil, err
-	}
-	return data, http.Header(header), nil
-}
-
-// checksums compares a body with what the request says of it.
-func checksums(data []byte, header, trailer http.Header) *refusal {
-	bad := refuse(http.StatusBadRequest, "BadDigest", "The checksum you specified did not match what we received.")
-	of := func(h hash.Hash) []byte { h.Write(data); return h.Sum(nil) }
-	if want := header.Get("X-Amz-Content-Sha256"); len(want) == 64 && want != hex.EncodeToString(of(sha256.New())) {
-		return refuse(http.StatusBadRequest, "XAmzContentSHA256Mismatch", "The provided 'x-amz-content-sha256' header does not match what was computed.")
-	}
-	sums := map[string]func() hash.Hash{
-		"X-Amz-Checksum-Sha256": sha256.New, "X-Amz-Checksum-Sha1": sha1.New, "Content-Md5": md5.New,
-		"X-Amz-Checksum-Crc32":     func() hash.Hash { return crc32.NewIEEE() },
-		"X-Amz-Checksum-Crc32c":    func() hash.Hash { return crc32.New(crc32.MakeTable(crc32.Castagnoli)) },
-		"X-Amz-Checksum-Crc64nvme": func() hash.Hash { return crc64.New(crc64.MakeTable(0x9a6c9329ac4bc9b5)) },
-	}
-	for name, sum := range sums {
-		for _, want := range slices.Concat(header[name], trailer[name]) {
-			if want != base64.StdEncoding.EncodeToString(of(sum())) {
-				return bad
+	if version := q.query.Get("versionId"); version != "" {
+		for _, o := range s.objects[q.Bucket][q.Key] {
+			if version == cmp.Or(o.Version, "null") {
+				return o, nil
 			}
 		}
+		return nil, refuse(http.StatusNotFound, "NoSuchVersion", "The specified version does not exist.")
 	}
+	o := s.newest(q.Bucket, q.Key)
+	if o == nil && s.denied["ListObjectsV2"] {
+		return nil, mayNot("ListBucket", q)
+	}
+	if o == nil {
+		return nil, noSuchKey()
+	}
+	return o, nil
+}
+
+// getObject answers HEAD too, for which the key is not needed.
+func (s *S3) getObject(q *request, a *answer) *refusal {
+	o, no := s.find(q)
+	if no != nil {
+		return no
+	}
+	if c := q.Header.Get("If-Match"); c != "" && !matches(c, o.ETag) {
+		return preconditionFailed()
+	}
+	if c := q.Header.Get("If-None-Match"); c != "" && matches(c, o.ETag) {
+		return refuse(http.StatusNotModified, "NotModified", "Not Modified")
+	}
+	from, to := int64(0), o.Size
+	if first, last, ok := byteRange(q.Header.Get("Range"), o.Size); ok {
+		if first >= o.Size || last < first {
+			return refuse(http.StatusRequestedRangeNotSatisfiable, "InvalidRange", "The requested range is not satisfiable")
+		}
+		from, to, a.status = first, last+1, http.StatusPartialContent
+		a.header.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, last, o.Size))
+	} else if q.Header.Get("X-Amz-Checksum-Mode") == "ENABLED" {
+		maps.Copy(a.header, o.sums)
+	}
+	o.tell(a.header)
+	if q.Method == http.MethodHead {
+		a.header.Set("Content-Length", strconv.FormatInt(to-from, 10))
+		return nil
+	}
+	dataKey, no := s.unwrap(q, o.Encryption)
+	if no != nil {
+		return no
+	}
+	data, no := open(dataKey, o.data)
+	if no != nil {
+		return no
+	}
+	a.body = data[from:to]
+	return nil
+}
+
+// byteRange reads "bytes=1-2", "bytes=1-" and "bytes=-2". S3 gives all of an object for anything else.
+func byteRange(text string, size int64) (first, last int64, ok bool) {
+	a, b, ok := strings.Cut(strings.TrimPrefix(text, "bytes="), "-")
+	if !ok {
+		return 0, 0, false
+	}
+	first, errA := strconv.ParseInt(a, 10, 64)
+	last, errB := strconv.ParseInt(b, 10, 64)
+	switch {
+	case a == "" && errB == nil && last >= 0:
+		return max(size-last, 0), size - 1, true
+	case errA == nil && b == "":
+		return first, size - 1, true
+	}
+	return first, min(last, size-1), errA == nil && errB == nil && first <= last
+}
+
+func (o Object) tell(h http.Header) {
+	for name, value := range o.Metadata {
+		h.Set(headerMeta+name, value)
+	}
+	for name, value := range map[string]string{"Content-Encoding": o.Encoding, "X-Amz-Version-Id": o.Version} {
+		if value != "" {
+			h.Set(name, value)
+		}
+	}
+	h.Set("Etag", o.ETag)
+	h.Set("Content-Type", o.ContentType)
+	h.Set("Accept-Ranges", "bytes")
+	h.Set("Last-Modified", o.Modified.UTC().Format(http.TimeFormat))
+	o.Encryption.tell(h)
+}
+
+func (s *S3) deleteObject(q *request, a *answer) *refusal {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	there := s.newest(q.Bucket, q.Key)
+	if there != nil && q.bucket.ObjectLock {
+		return refuse(http.StatusForbidden, "AccessDenied", "Access Denied because object protected by object lock.")
+	}
+	if no := s.condition(q); no != nil {
+		return no
+	}
+	delete(s.objects[q.Bucket], q.Key)
+	a.status = http.StatusNoContent
 	return nil
 }

@@ -29,7 +29,7 @@ func escrowStory(t *testing.T, mode string) {
 	parallel(t)
 	n := harness.NewNode(t, assets, "", ebs1, ebs2)
 	noHotAttach(n)
-	s := s3test.New(t, n.UpstreamKMS())
+	s := s3test.New(t, s3test.Options{KMS: n.UpstreamKMS()})
 	s.NewBucket(escrowBucket, s3test.Bucket{Region: harness.Region})
 	host, err := url.Parse(s.URL())
 	if err != nil {
@@ -59,7 +59,7 @@ func escrowStory(t *testing.T, mode string) {
 	n.Sh("systemctl restart luks-kms-agent.service")
 	wantMounted(t, n, "/mnt", "/mnt1")
 	files := writeFiles(n, "/mnt", "/mnt1")
-	if names := s.Names(escrowBucket); len(names) != 2 {
+	if names := s.Keys(escrowBucket); len(names) != 2 {
 		t.Fatalf("in the escrow: %v", names)
 	}
 	if out := n.Sh("luks-kms-agent escrow put && luks-kms-agent escrow verify && luks-kms-agent status"); strings.Count(out, ": is in s3://") != 2 ||
@@ -68,7 +68,7 @@ func escrowStory(t *testing.T, mode string) {
 	}
 	// A change of the keys is sent by the timer.
 	n.Sh("luks-kms-agent rotate && luks-kms-agent status | grep -q 'changed since' && systemctl start luks-kms-agent-escrow.timer")
-	n.Await("the new keys are in the escrow", 3*time.Minute, func() bool { return len(s.Names(escrowBucket)) == 4 })
+	n.Await("the new keys are in the escrow", 3*time.Minute, func() bool { return len(s.Keys(escrowBucket)) == 4 })
 	n.Await("and it is noted", time.Minute, func() bool { return !strings.Contains(n.Sh("luks-kms-agent status"), "changed since") })
 	if unit := n.Unit("luks-kms-agent-escrow.service"); unit["Result"] != "success" {
 		t.Errorf("luks-kms-agent-escrow.service: %v", unit)
@@ -81,7 +81,7 @@ func escrowStory(t *testing.T, mode string) {
 	if strings.Count(list, mode) != 4 || strings.Count(list, key) != 4 {
 		t.Errorf("the list: %s", list)
 	}
-	for _, name := range s.Names(escrowBucket) {
+	for _, name := range s.Keys(escrowBucket) {
 		if bytes.Contains(s.Stored(escrowBucket, name), []byte("LUKS\xba\xbe")) {
 			t.Errorf("%s lies in the bucket in the clear", name)
 		}

@@ -61,6 +61,15 @@ allowed_keys:
 device_wait: 0s
 multi_attach: allow
 stripe_instance_store: on
+escrow:
+  bucket: my-escrow
+  prefix: nodes/
+  mode: cse-kms
+  kms_key: `+testKey+`
+  region: eu-west-1
+  bucket_owner: "111122223333"
+  s3_endpoint: https://s3.example
+  required: true
 `, 0o600))
 	if err != nil {
 		t.Fatal(err)
@@ -72,6 +81,7 @@ stripe_instance_store: on
 		Volumes: []VolumeConfig{{"/dev/loop0", "/data", "xfs"}, {Name: "vol-0123456789abcdef0"}},
 		Exclude: []string{"/dev/nvme5n1"}, RetryLimit: 90 * time.Second, CallTimeout: 3 * time.Second,
 		Workqueues: "off", StateDir: "/srv/state", AuditLog: "/srv/log/audit.jsonl", AllowedKeys: []string{testKey}, MultiAttach: MultiAttachAllow, Stripe: On,
+		Escrow: EscrowConfig{Bucket: "my-escrow", Prefix: "nodes/", Mode: "cse-kms", KMSKey: testKey, Region: "eu-west-1", Owner: "111122223333", Endpoint: "https://s3.example", Required: true},
 	}
 	if got, want := fmt.Sprintf("%+v", cfg), fmt.Sprintf("%+v", want); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)

@@ -69,7 +69,6 @@ type pending struct {
 	Escrowed
 	note   keycache.EscrowNote
 	backup keycache.Backup
-	key    *keycache.Key
 }
 
 // Escrow sends the header of each volume, with the records that open it, to the escrow, unless what is there already is confirmed

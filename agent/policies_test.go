@@ -150,7 +150,7 @@ func TestPoliciesDocumentedAreThoseNeeded(t *testing.T) {
 		}
 		return err
 	}
-	rows := documented(t)
+	rows := documented(t, "policies.md")
 	columns := rows[0][2:]
 	if len(columns) != len(shipped) {
 		t.Errorf("the table has columns for %v", columns)
@@ -198,17 +198,17 @@ func TestPoliciesDocumentedAreThoseNeeded(t *testing.T) {
 	}
 }
 
-// documented is the table of what commands need, its head first.
-func documented(t *testing.T) (rows [][]string) {
+// documented is the table of what commands need in a document, its head first.
+func documented(t *testing.T, document string) (rows [][]string) {
 	t.Helper()
-	text, err := os.ReadFile("../docs/policies.md")
+	text, err := os.ReadFile(filepath.Join("../docs", document))
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, table, _ := strings.Cut(string(text), "\n| command |")
 	table, _, ok := strings.Cut("| command |"+table, "\n\n")
 	if !ok {
-		t.Fatal("docs/policies.md has no table of commands")
+		t.Fatalf("docs/%s has no table of commands", document)
 	}
 	for i, line := range strings.Split(table, "\n") {
 		var cells []string

@@ -65,7 +65,7 @@ func TestNewerUserland(t *testing.T) {
 	if got := n.Sh("dpkg-query -W -f '${db:Status-Status}\\n' luks-kms-agent; dpkg -V luks-kms-agent | grep -v ' c /etc/' || true"); got != "installed\n" {
 		t.Errorf("dpkg: %s", got)
 	}
-	n.Sh("systemd-analyze verify --man=no luks-kms-agent.service luks-kms-agent.target luks-kms-agent-stripe.service luks-kms-agent@.service")
+	n.Sh("systemd-analyze verify --man=no luks-kms-agent.service luks-kms-agent.target luks-kms-agent-stripe.service luks-kms-agent@.service luks-kms-agent-escrow.service luks-kms-agent-escrow.timer")
 	figure := n.Sh("systemd-analyze security --no-pager --threshold=30 luks-kms-agent.service >/run/exposure && tail -n 1 /run/exposure")
 	t.Logf("%s", figure)
 	if strange := n.Sh("journalctl -b -o cat _PID=1 | grep -i 'luks-kms-agent.*\\(unknown\\|ignoring\\|deprecated\\)' || true"); strange != "" {

@@ -26,6 +26,9 @@ var ErrNoEscrow = errors.New("cannot use the escrow: the configuration has none"
 // escrowTimeout is how long S3 is asked about one copy, with all that is tried again.
 const escrowTimeout = 2 * time.Minute
 
+// headsAtOnce is how many objects S3 is asked about at a time.
+const headsAtOnce = 16
+
 // escrowsAtOnce bounds the memory: each has a header in it, three times in mode cse-kms.
 const escrowsAtOnce = 4
 
@@ -35,6 +38,8 @@ type vault interface {
 	Get(ctx context.Context, name string) ([]byte, archive.Object, error)
 	Head(ctx context.Context, name string) (archive.Object, error)
 	List(ctx context.Context, prefix string) ([]archive.Object, error)
+	// Check tells why an object is not encrypted as it has to be.
+	Check(archive.Object) error
 	URL(name string) string
 }
 
@@ -86,19 +91,12 @@ func (n *Node) Escrow(ctx context.Context, names []string) ([]Escrowed, error) {
 		return nil, err
 	}
 	// The records are not locked while S3 is asked: a disk that is attached meanwhile must not wait for it.
-	room := make(chan struct{}, escrowsAtOnce)
-	var wg sync.WaitGroup
-	for i := range todo {
-		if p := &todo[i]; p.Err == nil && p.backup.Header != nil {
-			wg.Go(func() {
-				room <- struct{}{}
-				defer func() { <-room }()
-				n.step("Sending the header of %s to %s", p.Volume.Identity, v.URL(p.note.Object))
-				p.Err = send(ctx, v, p.note.Object, p.backup)
-			})
+	eachOf(todo, escrowsAtOnce, func(p *pending) {
+		if p.Sent {
+			n.step("Sending the header of %s to %s", p.Volume.Identity, v.URL(p.note.Object))
+			p.Err = send(ctx, v, p.note.Object, p.backup)
 		}
-	}
-	wg.Wait()
+	})
 	if err := n.confirmEscrows(ctx, todo); err != nil {
 		return nil, err
 	}
@@ -111,6 +109,20 @@ func (n *Node) Escrow(ctx context.Context, names []string) ([]Escrowed, error) {
 		}
 	}
 	return done, ctx.Err()
+}
+
+// eachOf does something with each, several at a time.
+func eachOf[T any](all []T, atOnce int, do func(*T)) {
+	room := make(chan struct{}, atOnce)
+	var wg sync.WaitGroup
+	for i := range all {
+		room <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-room }()
+			do(&all[i])
+		})
+	}
+	wg.Wait()
 }
 
 // pendingEscrows finds out, with the records locked, which volumes are not safe yet, and notes what is going to be sent.
@@ -137,6 +149,13 @@ func (n *Node) pendingEscrows(ctx context.Context, names []string) ([]pending, e
 }
 
 func (w *work) preparePending(t target, p *pending) error {
+	if t.Device.Path == "" {
+		// Its header cannot change while it is away, and its records were in the last copy or are on this disk.
+		if last, err := w.store.Escrow(t.Volume.UUID); err == nil && !last.Confirmed.IsZero() && last.Bucket == w.cfg.Escrow.Bucket {
+			p.note = last
+			return nil
+		}
+	}
 	rec, bytes, header, err := w.readHeader(t)
 	if err != nil {
 		return err
@@ -228,8 +247,11 @@ func (n *Node) confirm(store *keycache.Store, note keycache.EscrowNote) error {
 	return err
 }
 
-// tellEscrow puts it into the audit log and the log.
+// tellEscrow puts it into the audit log and the log. What S3 did not take is tried every few minutes, and no event; what it took in the clear is one.
 func (n *Node) tellEscrow(p pending) {
+	if e := (*archive.Error)(nil); p.Err != nil && !(errors.As(p.Err, &e) && e.Reason == archive.ReasonEncryption) {
+		return
+	}
 	n.audit(Event{Kind: EventHeaderEscrowed, Volume: p.Volume, Key: p.backup.Key, Reason: "s3://" + p.note.Bucket + "/" + p.note.Object, Err: p.Err})
 	if p.Err == nil {
 		n.log.Info("header escrowed", zap.String("volume", p.Volume.UUID), zap.String("object", p.note.Object))
@@ -345,27 +367,37 @@ func (n *Node) EscrowObjects(ctx context.Context, uuids []string) ([]EscrowObjec
 			return nil, err
 		}
 		for _, o := range objects {
-			uuid, file, ok := strings.Cut(strings.TrimPrefix(o.Name, n.cfg.Escrow.Prefix), "/")
-			if !ok || !strings.HasSuffix(file, ".header.tar") || strings.Contains(file, "/") {
-				continue // something else that lies there
+			if e, ok := n.escrowObject(v, o); ok {
+				found = append(found, e)
 			}
-			found = append(found, EscrowObject{Object: o, URL: v.URL(o.Name), UUID: uuid})
 		}
 	}
-	for i := range found {
-		o := &found[i]
-		full, err := v.Head(ctx, o.Name)
-		if err != nil {
-			o.Err = err
-			continue
-		}
-		o.Object = full
-		o.Class, o.Identity, o.Instance = full.Metadata[metaClass], full.Metadata[metaIdentity], full.Metadata[metaInstance]
-	}
+	eachOf(found, headsAtOnce, func(o *EscrowObject) { o.look(ctx, v) })
 	slices.SortStableFunc(found, func(a, b EscrowObject) int {
 		return cmp.Or(strings.Compare(a.UUID, b.UUID), strings.Compare(b.Name, a.Name))
 	})
 	return found, nil
+}
+
+// look asks S3 about an object.
+func (o *EscrowObject) look(ctx context.Context, v vault) {
+	full, err := v.Head(ctx, o.Name)
+	if err != nil {
+		o.Err = err
+		return
+	}
+	o.Object, o.Err = full, v.Check(full)
+	o.Class, o.Identity, o.Instance = full.Metadata[metaClass], full.Metadata[metaIdentity], full.Metadata[metaInstance]
+}
+
+// escrowObject names an object of the escrow; ok is false for something else that lies there.
+func (n *Node) escrowObject(v vault, o archive.Object) (e EscrowObject, ok bool) {
+	rest, below := strings.CutPrefix(o.Name, n.cfg.Escrow.Prefix)
+	uuid, file, ok := strings.Cut(rest, "/")
+	if !below || !ok || !strings.HasSuffix(file, ".header.tar") || strings.Contains(file, "/") {
+		return e, false
+	}
+	return EscrowObject{Object: o, URL: v.URL(o.Name), UUID: uuid}, true
 }
 
 // GetEscrow returns an escrow, whole, decrypted, and with all that a backup has to have. Whether its header opens its volume, only
@@ -464,39 +496,91 @@ func (w *work) verifyEscrow(ctx context.Context, v vault, t target, f *VerifiedE
 }
 
 // EscrowFor finds the newest escrow of each disk that a name means, by the LUKS UUID that the disk shows or, where it shows none, by its
-// identity. A disk is named by device, link, serial or EBS volume id; no name means all that the records know nothing of.
-func (n *Node) EscrowFor(ctx context.Context, names []string) ([]EscrowObject, error) {
-	all, err := n.EscrowObjects(ctx, nil)
+// identity. A disk is named by device, link, serial or EBS volume id; no name means all that the records know nothing of. A name may also be
+// the URL of an object. Objects that are not encrypted as they have to be are passed over.
+func (n *Node) EscrowFor(ctx context.Context, names []string) (chosen []EscrowObject, err error) {
+	v, err := n.openVault(ctx)
 	if err != nil {
 		return nil, err
 	}
+	ofDisks := slices.DeleteFunc(slices.Clone(names), func(name string) bool {
+		object, isURL := strings.CutPrefix(name, v.URL(""))
+		if e, ok := n.escrowObject(v, archive.Object{Name: object}); isURL && ok {
+			e.look(ctx, v)
+			chosen = append(chosen, e)
+			return true
+		}
+		return false
+	})
+	for _, o := range chosen {
+		if o.Err != nil {
+			return nil, o.Err
+		}
+	}
+	if len(ofDisks) == 0 && len(names) > 0 {
+		return chosen, nil
+	}
+	disks, err := n.disksToRestore(ctx, ofDisks)
+	if err != nil {
+		return nil, err
+	}
+	var uuids []string // none means that all objects have to be looked at
+	for _, d := range disks {
+		if d.Header == nil || d.Header.Header == nil {
+			uuids = nil
+			break
+		}
+		uuids = append(uuids, d.Header.Header.UUID)
+	}
+	if len(disks) == 0 {
+		return chosen, nil
+	}
+	all, err := n.EscrowObjects(ctx, uuids)
+	if err != nil {
+		return nil, err
+	}
+	var inTheClear *archive.Error
+	for _, o := range all {
+		// One that S3 does not tell of may be the one that is wanted.
+		if o.Err != nil && !(errors.As(o.Err, &inTheClear) && inTheClear.Reason == archive.ReasonEncryption) {
+			return nil, o.Err
+		}
+	}
+	for _, d := range disks {
+		// The newest of a volume comes first.
+		i := slices.IndexFunc(all, func(o EscrowObject) bool {
+			if d.Header != nil && d.Header.Header != nil {
+				return o.Err == nil && o.UUID == d.Header.Header.UUID
+			}
+			return o.Err == nil && d.Identity != "" && o.Class == string(d.Class) && o.Identity == d.Identity
+		})
+		switch {
+		case i >= 0:
+			chosen = append(chosen, all[i])
+		case len(ofDisks) > 0:
+			return nil, &RefusedError{Refusal: RefusedBackup, Device: d.Path, Reason: "the escrow has nothing of it"}
+		}
+	}
+	return chosen, nil
+}
+
+// disksToRestore are the disks that the names mean, none meaning all that the records know nothing of.
+func (n *Node) disksToRestore(ctx context.Context, names []string) (disks []DeviceFacts, err error) {
 	w, end, err := n.beginWork(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	var chosen []EscrowObject
 	met := map[string]bool{}
 	for _, d := range w.facts.Devices {
-		named := slices.ContainsFunc(names, func(name string) bool {
-			is := d.Is(name)
-			met[name] = met[name] || is
-			return is
-		})
-		if !named && len(names) > 0 || len(names) == 0 && w.knows(d) {
-			continue
-		}
-		// The newest of a volume comes first.
-		i := slices.IndexFunc(all, func(o EscrowObject) bool {
-			if d.Header != nil && d.Header.Header != nil {
-				return o.UUID == d.Header.Header.UUID
+		named := false
+		for _, name := range names {
+			if d.Is(name) {
+				met[name], named = true, true
 			}
-			return d.Identity != "" && o.Class == string(d.Class) && o.Identity == d.Identity
-		})
-		if i >= 0 {
-			chosen = append(chosen, all[i])
-		} else if named {
-			return nil, &RefusedError{Refusal: RefusedBackup, Device: d.Path, Reason: "the escrow has nothing of it"}
+		}
+		if named || len(names) == 0 && !w.knows(d) {
+			disks = append(disks, d)
 		}
 	}
 	for _, name := range names {
@@ -504,7 +588,7 @@ func (n *Node) EscrowFor(ctx context.Context, names []string) ([]EscrowObject, e
 			return nil, &UnknownVolumeError{Name: name}
 		}
 	}
-	return chosen, nil
+	return disks, nil
 }
 
 // knows reports whether a ready volume of this instance is recorded on a disk, and shows there.

@@ -486,3 +486,54 @@ func TestRequiredWhileRotating(t *testing.T) {
 		t.Errorf("mounted %v: %v", cut.mounts, err)
 	}
 }
+
+// TestNewestCopyThatCounts: what somebody put there without encryption is passed over, and does not keep an older copy from being found.
+func TestNewestCopyThatCounts(t *testing.T) {
+	m, s := withEscrow(t, archive.SSE)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	other := m.disk(volumes.ClassEBS, "vol-2")
+	m.runOK()
+	if _, err := m.escrow(); err != nil {
+		t.Fatal(err)
+	}
+	m.reboot()
+	uuid := m.uuidOf(d)
+	theirs := "luks-kms-agent/" + uuid + "/29991231T235959Z-00000000.header.tar"
+	s.Add(escrowBucket, theirs, []byte("in the clear"), map[string]string{"identity": "vol-1", "class": string(volumes.ClassEBS)})
+	s.Add(escrowBucket, "luks-kms-agent/"+uuid+"/readme", []byte("x"), nil)
+	n := m.node()
+	all, err := n.EscrowObjects(t.Context(), []string{uuid})
+	var e *archive.Error
+	if err != nil || len(all) != 2 || !errors.As(all[0].Err, &e) || e.Reason != archive.ReasonEncryption || all[1].Err != nil {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	want := all[1]
+	for when, prepare := range map[string]func(){"with its header": func() {}, "without": func() { m.destroy(d) }} {
+		prepare()
+		heads := s.Count("HeadObject")
+		found, err := n.EscrowFor(t.Context(), []string{"vol-1"})
+		if err != nil || len(found) != 1 || found[0].Name != want.Name {
+			t.Errorf("%s: %+v, %v", when, found, err)
+		}
+		if asked := s.Count("HeadObject") - heads; when == "with its header" && asked != 2 {
+			t.Errorf("%d objects were looked at", asked)
+		}
+	}
+	// By its URL, whichever it is.
+	if found, err := n.EscrowFor(t.Context(), []string{want.URL}); err != nil || len(found) != 1 || found[0].Name != want.Name {
+		t.Errorf("%+v, %v", found, err)
+	}
+	if _, err := n.EscrowFor(t.Context(), []string{"s3://" + escrowBucket + "/" + theirs}); !errors.As(err, &e) || e.Reason != archive.ReasonEncryption {
+		t.Errorf("%v", err)
+	}
+	if _, err := n.EscrowFor(t.Context(), []string{"s3://elsewhere/" + want.Name}); err == nil {
+		t.Error("an object of another bucket was found")
+	}
+
+	// A volume that is away keeps the copy that it has, and is no failure every five minutes.
+	m.detach(other)
+	done, err := m.escrow("vol-2")
+	if err != nil || len(done) != 1 || done[0].Sent || done[0].URL == "" {
+		t.Errorf("%+v, %v", done, err)
+	}
+}

@@ -200,6 +200,14 @@ func lower(metadata map[string]string) map[string]string {
 	return lowered
 }
 
+// Check tells why an object, as Head gave it, is not encrypted as the options want it: an *[Error] of ReasonEncryption.
+func (c *Client) Check(o Object) error {
+	if err := c.check(o.Encryption); err != nil {
+		return c.classify("Get", c.URL(o.Name), err)
+	}
+	return nil
+}
+
 // check refuses an object that is not encrypted as the options want it.
 func (c *Client) check(e Encryption) error {
 	bad := func(format string, args ...any) error {

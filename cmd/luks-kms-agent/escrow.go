@@ -150,7 +150,7 @@ func printEscrow(w io.Writer, objects []agent.EscrowObject) error {
 	for _, o := range objects {
 		encryption := string(o.Encryption.Mode)
 		switch {
-		case o.Err != nil:
+		case o.Err != nil && o.Metadata == nil:
 			encryption = "unknown"
 		case encryption == "" && o.Encryption.Algorithm != "":
 			encryption = o.Encryption.Algorithm

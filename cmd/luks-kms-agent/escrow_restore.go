@@ -18,8 +18,8 @@ func newEscrowGet(opts *globalOptions) *cobra.Command {
 		Short: "Fetch the newest copy of each volume into a file",
 		Long: `Fetch the newest copy of the named disks, or of all that this node has no records
 of, from the escrow, decrypt it, and write it to a new file in the directory. A disk is
-named by device, link, serial or EBS volume id. A file is what header backup writes,
-and what header restore takes; no file is ever overwritten.`,
+named by device, link, serial or EBS volume id; an older copy by its URL in the list.
+A file is what header backup writes, and header restore takes. None is overwritten.`,
 		Example: `  sudo luks-kms-agent escrow get vol-0123456789abcdef0 --to /root`,
 		RunE: func(cmd *cobra.Command, names []string) error {
 			if to == "" {

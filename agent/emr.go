@@ -21,6 +21,8 @@ import (
 type EMRImport struct {
 	// KMSKey is the key of the local disk encryption.
 	KMSKey string
+	// Escrow is how EMRFS encrypts what it puts into S3, for the bucket that was given; without one it is zero.
+	Escrow EscrowConfig
 	// Notes tell of every part what became of it.
 	Notes []EMRNote
 }
@@ -56,8 +58,10 @@ const maxEMR = 1 << 20
 
 // ImportEMR reads a security configuration strictly: an unknown or repeated field, or a value that the field cannot have, is an
 // *[EMRError]. Where there is no local disk encryption under KMS the error is an *[EMRNothingError], and the notes are there all the same.
-func ImportEMR(data []byte) (EMRImport, error) {
-	e := emrReader{data: data}
+//
+// A security configuration names no bucket: where escrowBucket is not "", the mode and the key of its S3 encryption become those of an escrow in it.
+func ImportEMR(data []byte, escrowBucket string) (EMRImport, error) {
+	e := emrReader{data: data, bucket: escrowBucket}
 	if len(data) > maxEMR {
 		return EMRImport{}, e.fail(maxEMR, "it is longer than %d bytes", maxEMR)
 	}
@@ -78,9 +82,19 @@ func ImportEMR(data []byte) (EMRImport, error) {
 func (i EMRImport) Config() ([]byte, error) {
 	var b bytes.Buffer
 	b.WriteString("# The local disk encryption of an Amazon EMR security configuration. All fields: docs/configuration.md.\n")
-	err := yaml.NewEncoder(&b).Encode(struct {
+	type escrow struct {
+		Bucket string `yaml:"bucket"`
+		Mode   string `yaml:"mode"`
 		KMSKey string `yaml:"kms_key"`
-	}{i.KMSKey})
+	}
+	file := struct {
+		KMSKey string  `yaml:"kms_key"`
+		Escrow *escrow `yaml:"escrow,omitempty"`
+	}{KMSKey: i.KMSKey}
+	if i.Escrow.Bucket != "" {
+		file.Escrow = &escrow{i.Escrow.Bucket, i.Escrow.Mode, i.Escrow.KMSKey}
+	}
+	err := yaml.NewEncoder(&b).Encode(file)
 	return b.Bytes(), err
 }
 
@@ -89,6 +103,7 @@ type emrReader struct {
 	data    []byte
 	found   EMRImport
 	nothing string // why there is no local disk encryption under KMS
+	bucket  string // for the escrow
 }
 
 // emrValue is a JSON value and the place where it begins.
@@ -307,7 +322,10 @@ func (e *emrReader) encryption(path string, v emrValue) error {
 		"EMRWALEncryptionConfiguration": e.whole("EMR WAL is a service of EMR's, not a disk of the node"),
 		"AtRestEncryptionConfiguration": func(path string, v emrValue) error {
 			return e.object(path, v, emrFields{
-				"S3EncryptionConfiguration":        func(path string, v emrValue) error { s3 = func() error { return e.s3(path, v, false) }; return nil },
+				"S3EncryptionConfiguration": func(path string, v emrValue) error {
+					s3 = func() error { return e.s3(path, v, atRest, false) }
+					return nil
+				},
 				"LocalDiskEncryptionConfiguration": func(_ string, v emrValue) error { disk = &v; return nil },
 			})
 		},
@@ -376,7 +394,7 @@ func (e *emrReader) disk(path string, v emrValue, atRest bool) error {
 	return nil
 }
 
-func (e *emrReader) s3(path string, v emrValue, override bool) error {
+func (e *emrReader) s3(path string, v emrValue, atRest, override bool) error {
 	var mode, key, object, class, bucket string
 	known := emrFields{
 		"EncryptionMode":             e.text(&mode, "SSE-S3", "SSE-KMS", "CSE-KMS", "CSE-Custom"),
@@ -403,14 +421,29 @@ func (e *emrReader) s3(path string, v emrValue, override bool) error {
 		return e.fail(v.offset, "%s has no EncryptionMode", path)
 	}
 	why := map[string]string{
-		"SSE-S3":     "S3 encrypts by itself, under keys of its own",
-		"SSE-KMS":    "S3 encrypts and asks KMS; set it as the default encryption of the bucket",
-		"CSE-KMS":    "the cluster's S3 client encrypts; the agent does not work with S3 yet",
+		"SSE-S3":     "S3 encrypts by itself, under keys of its own, which no escrow uses",
+		"SSE-KMS":    "S3 encrypts and asks KMS, as in an escrow: --escrow-bucket NAME takes mode and key for one",
+		"CSE-KMS":    "the cluster's S3 client asks KMS and encrypts, as in an escrow: --escrow-bucket NAME takes mode and key for one",
 		"CSE-Custom": "the cluster's S3 client encrypts by Java code of your own",
 	}[mode]
-	e.leave(path, "%s: %s", mode, why)
+	ours := EscrowConfig{Bucket: e.bucket, Mode: strings.ToLower(mode), KMSKey: key}
+	switch kms := mode == "SSE-KMS" || mode == "CSE-KMS"; {
+	case override:
+		e.leave(path, "%s for bucket %s: an escrow has one bucket", mode, bucket)
+	case !kms || e.bucket == "":
+		e.leave(path, "%s: %s", mode, why)
+	case !atRest:
+		e.leave(path, "EnableAtRestEncryption is not true: EMR itself encrypts nothing under this configuration")
+	default:
+		if err := ours.options().Check(); err != nil {
+			e.leave(path, "%s: %v", mode, err)
+			break
+		}
+		e.found.Escrow = ours
+		e.take(path, "escrow: copies of LUKS headers and key records go to %s, by %s under %s", ours.Bucket, ours.Mode, ours.KMSKey)
+	}
 	for i, o := range overrides {
-		if err := e.s3(fmt.Sprintf("%s.Overrides.%d", path, i), o, true); err != nil {
+		if err := e.s3(fmt.Sprintf("%s.Overrides.%d", path, i), o, atRest, true); err != nil {
 			return err
 		}
 	}

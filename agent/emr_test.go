@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -49,7 +50,7 @@ func TestImportEMR(t *testing.T) {
 			"InstanceMetadataServiceConfiguration"}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := ImportEMR(emrExample(t, name))
+			got, err := ImportEMR(emrExample(t, name), "")
 			var nothing *EMRNothingError
 			switch {
 			case want.nothing == "" && (err != nil || got.KMSKey != emrKey):
@@ -135,7 +136,7 @@ func TestMalformedEMR(t *testing.T) {
 		strings.Replace(string(emrExample(t, "sse-s3-without-disk")), "SSE-S3", "S3", 1):   "(allowed: SSE-S3, SSE-KMS, CSE-KMS, CSE-Custom)",
 		strings.Replace(string(emrExample(t, "overrides-without-disk")), "Bucket", "B", 1): "unknown field \"BName\"",
 	} {
-		_, err := ImportEMR([]byte(text))
+		_, err := ImportEMR([]byte(text), "")
 		var malformed *EMRError
 		if !errors.As(err, &malformed) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%.200s:\n%v, want %q", text, err, want)
@@ -152,7 +153,7 @@ func TestEMRKeysThatCannotBeUsed(t *testing.T) {
 		`"AwsKms"`: `"Custom"`,
 	} {
 		text := strings.Replace(string(emrExample(t, "disk")), from, to, 1)
-		got, err := ImportEMR([]byte(text))
+		got, err := ImportEMR([]byte(text), "")
 		var nothing *EMRNothingError
 		if !errors.As(err, &nothing) || got.KMSKey != "" {
 			t.Errorf("%s: key %q, %v", text, got.KMSKey, err)
@@ -170,7 +171,7 @@ func FuzzImportEMR(f *testing.F) {
 		f.Add(emrExample(f, strings.TrimSuffix(filepath.Base(name), ".json")))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		got, err := ImportEMR(data)
+		got, err := ImportEMR(data, "my-escrow")
 		var (
 			malformed *EMRError
 			nothing   *EMRNothingError
@@ -189,4 +190,50 @@ func FuzzImportEMR(f *testing.F) {
 			t.Errorf("%T: %v", err, err)
 		}
 	})
+}
+
+// TestImportEMRForAnEscrow: what EMRFS does with what it puts into S3, the escrow does.
+func TestImportEMRForAnEscrow(t *testing.T) {
+	const rest = `{"EncryptionConfiguration":{"EnableAtRestEncryption":%s,"AtRestEncryptionConfiguration":{"LocalDiskEncryptionConfiguration":{"EncryptionKeyProviderType":"AwsKms","AwsKmsKey":"` + emrKey + `"},"S3EncryptionConfiguration":{%s}}}}`
+	for name, c := range map[string]struct{ atRest, s3, bucket, mode, says string }{
+		"SSE-KMS":               {"true", `"EncryptionMode":"SSE-KMS","AwsKmsKey":"` + emrKey + `"`, "my-escrow", "sse-kms", "by sse-kms under " + emrKey},
+		"CSE-KMS":               {"true", `"EncryptionMode":"CSE-KMS","AwsKmsKey":"` + emrKey + `"`, "my-escrow", "cse-kms", "by cse-kms under " + emrKey},
+		"no bucket":             {"true", `"EncryptionMode":"SSE-KMS","AwsKmsKey":"` + emrKey + `"`, "", "", "--escrow-bucket NAME"},
+		"SSE-S3":                {"true", `"EncryptionMode":"SSE-S3"`, "my-escrow", "", "under keys of its own"},
+		"AWS's key":             {"true", `"EncryptionMode":"SSE-KMS","AwsKmsKey":"alias/aws/s3"`, "my-escrow", "", "AWS managed"},
+		"no key":                {"true", `"EncryptionMode":"SSE-KMS"`, "my-escrow", "", "is no key ARN"},
+		"a bucket that is none": {"true", `"EncryptionMode":"SSE-KMS","AwsKmsKey":"` + emrKey + `"`, "My_Escrow", "", "is no bucket's name"},
+		"not at rest":           {"false", `"EncryptionMode":"SSE-KMS","AwsKmsKey":"` + emrKey + `"`, "my-escrow", "", "EnableAtRestEncryption is not true"},
+		"an override":           {"true", `"EncryptionMode":"SSE-S3","Overrides":[{"BucketName":"b","EncryptionMode":"SSE-KMS","AwsKmsKey":"` + emrKey + `"}]`, "my-escrow", "", "an escrow has one bucket"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := ImportEMR(fmt.Appendf(nil, rest, c.atRest, c.s3), c.bucket)
+			if c.atRest == "true" && err != nil {
+				t.Fatal(err)
+			}
+			want := EscrowConfig{}
+			if c.mode != "" {
+				want = EscrowConfig{Bucket: c.bucket, Mode: c.mode, KMSKey: emrKey}
+			}
+			if got.Escrow != want {
+				t.Errorf("%+v, want %+v", got.Escrow, want)
+			}
+			if !slices.ContainsFunc(got.Notes, func(n EMRNote) bool { return strings.Contains(n.Text, c.says) }) {
+				t.Errorf("%+v do not say %q", got.Notes, c.says)
+			}
+			text, err := got.Config()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.mode != "" {
+				cfg, err := parseConfig("c", text)
+				want.Prefix = "luks-kms-agent/"
+				if err != nil || cfg.Escrow != want {
+					t.Errorf("%s\n%v: %+v", text, err, cfg.Escrow)
+				}
+			} else if strings.Contains(string(text), "escrow") {
+				t.Errorf("%s", text)
+			}
+		})
+	}
 }

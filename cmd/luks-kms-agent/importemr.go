@@ -13,13 +13,14 @@ import (
 )
 
 func newImportEMR() *cobra.Command {
-	output := ""
+	output, bucket := "", ""
 	cmd := &cobra.Command{
 		Use:   "import-emr FILE|-",
 		Short: "Make a configuration from an EMR security configuration",
 		Long: `Read a security configuration of Amazon EMR (JSON) from a file, or from standard
 input, and print the agent's configuration that encrypts the local disks under the
-same KMS key. What was taken, what was not, and why, is told on standard error. A
+same KMS key; with --escrow-bucket also one that keeps copies of LUKS headers in S3, as
+EMRFS encrypts what it puts there. What was taken, what was not, and why, is told on standard error. A
 field that is not known, or stands twice, is an error. Nothing else is read or
 changed; neither KMS nor EMR is asked.
 
@@ -37,7 +38,7 @@ disk encryption under KMS in it.`,
 			if err != nil {
 				return err
 			}
-			found, err := agent.ImportEMR(data)
+			found, err := agent.ImportEMR(data, bucket)
 			for _, n := range found.Notes {
 				mark := "not taken"
 				if n.Taken {
@@ -59,6 +60,7 @@ disk encryption under KMS in it.`,
 			return writeNew(output, config)
 		},
 	}
+	cmd.Flags().StringVar(&bucket, "escrow-bucket", "", "take mode and key of its S3 encryption for an escrow in this `bucket`")
 	cmd.Flags().StringVar(&output, "output", "", "write to this `file`, which must not be there yet (default: standard output)")
 	return cmd
 }

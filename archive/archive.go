@@ -106,6 +106,11 @@ func New(o Options) (*Client, error) {
 	if o.Region == "" {
 		return nil, &Error{Op: "Check", Reason: ReasonInvalid, Err: errors.New("the region is not known"), object: o.Bucket}
 	}
+	return build(o, keyARN.FindStringSubmatch(o.KeyARN)[1]), nil
+}
+
+// build is New without a look at the options; kmsRegion is the key's.
+func build(o Options, kmsRegion string) *Client {
 	if o.Timeout == 0 {
 		o.Timeout = defaultTimeout
 	}
@@ -120,10 +125,10 @@ func New(o Options) (*Client, error) {
 		DisableMultiRegionAccessPoints: true,
 	})
 	c.kms = kms.New(kms.Options{
-		Region: keyARN.FindStringSubmatch(o.KeyARN)[1], Credentials: o.Credentials, HTTPClient: httpClient(), Retryer: tries(),
+		Region: kmsRegion, Credentials: o.Credentials, HTTPClient: httpClient(), Retryer: tries(),
 		BaseEndpoint: endpoint(o.KMSEndpoint),
 	})
-	return c, nil
+	return c
 }
 
 func endpoint(url string) *string {

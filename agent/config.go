@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -86,6 +87,23 @@ type Config struct {
 	MultiAttach   MultiAttach    //
 	Stripe        Switch         // whether blank instance-store volumes become one
 	Escrow        EscrowConfig   // where copies of headers and records go
+	Logs          LogsConfig     // which logs go where
+}
+
+// LogsConfig says which logs of the node go to S3, by SSE-KMS under a customer managed key.
+type LogsConfig struct {
+	Bucket   string   // "": nowhere
+	Prefix   string   // of the objects' names: "", or ends with "/"
+	Cluster  string   // that the node is of; names have it
+	KMSKey   string   // key ARN; "": Config.KMSKey
+	Region   string   // of the bucket; "": the node's
+	Owner    string   // account that the bucket has to belong to; "": any
+	Endpoint string   // "": AWS's for the region
+	Files    []string // globs
+	Units    []string // whose journal goes there
+	Spool    string   // directory
+	MaxSpool int64    // MiB
+	Rate     int64    // MiB in a second; 0: no bound
 }
 
 // EscrowConfig says where the node sends copies of its volumes' headers and records: S3, under a customer managed key.
@@ -184,6 +202,7 @@ func defaultConfig(path string) Config {
 		MultiAttach:   MultiAttachRefuse,
 		Stripe:        Off,
 		Escrow:        EscrowConfig{Prefix: "luks-kms-agent/", Mode: string(archive.SSE)},
+		Logs:          LogsConfig{Prefix: "logs/", Spool: "/var/spool/luks-kms-agent", MaxSpool: 1024},
 	}
 }
 
@@ -315,7 +334,37 @@ func (p *parser) top(n *yaml.Node) error {
 		"stripe_instance_store": oneOf(p, "stripe_instance_store", &c.Stripe, string(On), string(Off)),
 
 		"escrow": p.escrow,
+		"logs":   p.logs,
 	})
+}
+
+func (p *parser) logs(n *yaml.Node) error {
+	l := &p.cfg.Logs
+	return p.mapping(n, "logs", fields{
+		"bucket":              p.text("logs.bucket", &l.Bucket),
+		"prefix":              p.text("logs.prefix", &l.Prefix),
+		"cluster":             p.text("logs.cluster", &l.Cluster),
+		"kms_key":             p.text("logs.kms_key", &l.KMSKey),
+		"region":              p.text("logs.region", &l.Region),
+		"bucket_owner":        p.text("logs.bucket_owner", &l.Owner),
+		"s3_endpoint":         p.text("logs.s3_endpoint", &l.Endpoint),
+		"files":               p.texts("logs.files", &l.Files),
+		"units":               p.texts("logs.units", &l.Units),
+		"spool_dir":           p.text("logs.spool_dir", &l.Spool),
+		"max_spool_mib":       p.number("logs.max_spool_mib", &l.MaxSpool, 16),
+		"rate_mib_per_second": p.number("logs.rate_mib_per_second", &l.Rate, 1),
+	})
+}
+
+func (p *parser) number(name string, to *int64, least int64) func(*yaml.Node) error {
+	return func(n *yaml.Node) error {
+		v, err := strconv.ParseInt(n.Value, 10, 64)
+		if n.Kind != yaml.ScalarNode || err != nil || v < least || v > 1<<20 {
+			return p.fail(n.Line, "%s is %q (allowed: a number from %d to %d)", name, n.Value, least, 1<<20)
+		}
+		*to = v
+		return nil
+	}
 }
 
 func (p *parser) escrow(n *yaml.Node) error {
@@ -484,7 +533,7 @@ func (p *parser) check() error {
 	if automaticMountPoint.MatchString("/" + strings.Split(dir, "/")[1]) {
 		return p.fail(p.lines["state_dir"], "state_dir %s lies under a mount point of a volume that only its records can open", dir)
 	}
-	if err := p.checkEscrow(); err != nil {
+	if err := errors.Join(p.checkEscrow(), p.checkLogs()); err != nil {
 		return err
 	}
 	return p.checkAuditLog()
@@ -501,26 +550,72 @@ func (p *parser) checkEscrow() error {
 	if e.Bucket == "" {
 		return p.fail(line, "escrow.bucket is missing: it says where the copies go")
 	}
-	if e.KMSKey == "" {
-		e.KMSKey = c.KMSKey
-		if !strings.HasPrefix(e.KMSKey, "arn:") || !strings.Contains(e.KMSKey, ":key/") {
-			return p.fail(line, "escrow.kms_key is missing, and kms_key is %q, which is no key ARN", c.KMSKey)
+	return p.checkBucket("escrow", &e.KMSKey, &e.Prefix, func() archive.Options { return e.options() })
+}
+
+// checkLogs is checkEscrow for logs.
+func (p *parser) checkLogs() error {
+	line, given := p.lines["logs"]
+	if !given {
+		return nil
+	}
+	c := &p.cfg
+	l := &c.Logs
+	switch {
+	case l.Bucket == "":
+		return p.fail(line, "logs.bucket is missing: it says where the logs go")
+	case !clusterName.MatchString(l.Cluster):
+		return p.fail(line, "logs.cluster is %q, want a name of letters, digits, dots, dashes and underscores", l.Cluster)
+	case len(l.Files)+len(l.Units) == 0:
+		return p.fail(line, "logs has neither files nor units: there is nothing to archive")
+	}
+	for _, glob := range l.Files {
+		if _, err := filepath.Match(glob, "/"); err != nil || !filepath.IsAbs(glob) {
+			return p.fail(p.lines["logs.files"], "logs.files has %q, want absolute paths, with * and ? where you like", glob)
 		}
 	}
-	if strings.HasPrefix(e.Prefix, "/") || strings.Contains(e.Prefix, "//") || strings.Contains(e.Prefix, "..") {
-		return p.fail(p.lines["escrow.prefix"], "escrow.prefix is %q, want names of folders, as in nodes/escrow/", e.Prefix)
+	for _, unit := range l.Units {
+		if strings.HasPrefix(unit, "-") || !strings.Contains(unit, ".") {
+			return p.fail(p.lines["logs.units"], "logs.units has %q, want names of units, as in kubelet.service", unit)
+		}
 	}
-	if !strings.HasSuffix(e.Prefix, "/") {
-		e.Prefix += "/"
+	if !cleanPath(l.Spool) || under(l.Spool, c.StateDir) || filepath.Dir(l.Spool) == "/" {
+		return p.fail(p.lines["logs.spool_dir"], "logs.spool_dir is %q, want a clean absolute path of a directory of its own, not below state_dir", l.Spool)
 	}
-	options := e.options()
-	if options.Region == "" {
-		options.Region = c.Region
+	return p.checkBucket("logs", &l.KMSKey, &l.Prefix, func() archive.Options { return l.options() })
+}
+
+// clusterName is what a part of an object's name may be.
+var clusterName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+
+// checkBucket is what escrow and logs have in common.
+func (p *parser) checkBucket(section string, key, prefix *string, options func() archive.Options) error {
+	line := p.lines[section]
+	if *key == "" {
+		*key = p.cfg.KMSKey
+		if !strings.HasPrefix(*key, "arn:") || !strings.Contains(*key, ":key/") {
+			return p.fail(line, "%s.kms_key is missing, and kms_key is %q, which is no key ARN", section, *key)
+		}
 	}
-	if err := options.Check(); err != nil {
-		return p.fail(line, "escrow: %w", err)
+	if strings.HasPrefix(*prefix, "/") || strings.Contains(*prefix, "//") || strings.Contains(*prefix, "..") {
+		return p.fail(p.lines[section+".prefix"], "%s.prefix is %q, want names of folders, as in nodes/%s/", section, *prefix, section)
+	}
+	if !strings.HasSuffix(*prefix, "/") {
+		*prefix += "/"
+	}
+	o := options()
+	if o.Region == "" {
+		o.Region = p.cfg.Region
+	}
+	if err := o.Check(); err != nil {
+		return p.fail(line, "%s: %w", section, err)
 	}
 	return nil
+}
+
+// options are what package archive needs of it, but for the credentials and a region that is the node's.
+func (l LogsConfig) options() archive.Options {
+	return archive.Options{Bucket: l.Bucket, Region: l.Region, Owner: l.Owner, Mode: archive.SSE, KeyARN: l.KMSKey, Endpoint: l.Endpoint}
 }
 
 // options are what package archive needs of it, but for the credentials and a region that is the node's.

@@ -70,6 +70,19 @@ escrow:
   bucket_owner: "111122223333"
   s3_endpoint: https://s3.example
   required: true
+logs:
+  bucket: my-logs
+  prefix: l/
+  cluster: c-1
+  kms_key: `+testKey+`
+  region: us-east-1
+  bucket_owner: "111122223333"
+  s3_endpoint: https://s3.example
+  files: [ /var/log/*.log ]
+  units: [ kubelet.service ]
+  spool_dir: /srv/spool
+  max_spool_mib: 64
+  rate_mib_per_second: 8
 `, 0o600))
 	if err != nil {
 		t.Fatal(err)
@@ -82,6 +95,7 @@ escrow:
 		Exclude: []string{"/dev/nvme5n1"}, RetryLimit: 90 * time.Second, CallTimeout: 3 * time.Second,
 		Workqueues: "off", StateDir: "/srv/state", AuditLog: "/srv/log/audit.jsonl", AllowedKeys: []string{testKey}, MultiAttach: MultiAttachAllow, Stripe: On,
 		Escrow: EscrowConfig{Bucket: "my-escrow", Prefix: "nodes/", Mode: "cse-kms", KMSKey: testKey, Region: "eu-west-1", Owner: "111122223333", Endpoint: "https://s3.example", Required: true},
+		Logs:   LogsConfig{Bucket: "my-logs", Prefix: "l/", Cluster: "c-1", KMSKey: testKey, Region: "us-east-1", Owner: "111122223333", Endpoint: "https://s3.example", Files: []string{"/var/log/*.log"}, Units: []string{"kubelet.service"}, Spool: "/srv/spool", MaxSpool: 64, Rate: 8},
 	}
 	if got, want := fmt.Sprintf("%+v", cfg), fmt.Sprintf("%+v", want); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)

@@ -66,7 +66,7 @@ func (n *Node) openVault(ctx context.Context) (vault, error) {
 	if n.cfg.Escrow.Bucket == "" {
 		return nil, ErrNoEscrow
 	}
-	return n.vault(ctx)
+	return n.vault(ctx, n.cfg.Escrow.options())
 }
 
 // pending is an escrow that is to be put.

@@ -87,8 +87,8 @@ type Node struct {
 	maps  mapper
 	// stripes makes and assembles arrays.
 	stripes stripes
-	// vault opens the escrow of the configuration.
-	vault  func(context.Context) (vault, error)
+	// vault opens a bucket.
+	vault  func(context.Context, archive.Options) (vault, error)
 	mounts func(context.Context) (mounter, error)
 	// service is what systemd knows of the agent's service.
 	service  func(context.Context) (systemd.UnitFacts, error)
@@ -155,8 +155,7 @@ func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	n.vault = func(ctx context.Context) (vault, error) {
-		o := cfg.Escrow.options()
+	n.vault = func(ctx context.Context, o archive.Options) (vault, error) {
 		o.Credentials, o.KMSEndpoint, o.Timeout = client.Credentials(), cfg.KMSEndpoint, escrowTimeout
 		if o.Region == "" {
 			region, err := client.Region(ctx)

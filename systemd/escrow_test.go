@@ -2,6 +2,25 @@ package systemd
 
 import "testing"
 
+func TestLogUnitsKeepTheDesign(t *testing.T) {
+	wantSettings(t, "luks-kms-agent-logs.service", []wanted{
+		{"Service", "Type", "oneshot", "the timer would start it again while it sends"},
+		{"Service", "CapabilityBoundingSet", "CAP_DAC_READ_SEARCH", "logs of others are closed to it"},
+	})
+	wantSettings(t, "luks-kms-agent-logs-last.service", []wanted{
+		{"Unit", "After", "network-online.target", "the network would be gone before the last lines are sent"},
+		{"Service", "RemainAfterExit", "yes", "nothing would be stopped at shutdown"},
+		{"Service", "ExecStop", "archive", "nothing would be sent at shutdown"},
+		{"Service", "TimeoutStopSec", "90s", "a shutdown would wait for S3 for as long as the default is"},
+		{"Install", "WantedBy", "multi-user.target", "it could not be enabled"},
+	})
+	wantSettings(t, "luks-kms-agent-logs.timer", []wanted{
+		{"Timer", "OnUnitInactiveSec", "5min", "what is new would not be sent"},
+		{"Timer", "RandomizedDelaySec", "1min", "the nodes of a fleet would ask S3 in step"},
+		{"Install", "WantedBy", "timers.target", "it could not be enabled"},
+	})
+}
+
 func TestEscrowUnitsKeepTheDesign(t *testing.T) {
 	const service, timer = "luks-kms-agent-escrow.service", "luks-kms-agent-escrow.timer"
 	wantSettings(t, service, []wanted{

@@ -2,6 +2,7 @@ package logs
 
 import (
 	"bufio"
+	"bytes"
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
@@ -232,32 +233,38 @@ func (p *position) knows(f *found) (bool, error) {
 	if f.stat.Size < p.Offset {
 		return false, nil
 	}
-	head, err := headOf(f.file, p.HeadSize)
-	return head == p.Head, err
+	return p.begins(f)
 }
 
-// headOf is the SHA-256 of the first bytes of a file; "" of none.
-func headOf(f *os.File, size int64) (string, error) {
-	if size == 0 {
-		return "", nil
-	}
-	h := sha256.New()
-	if _, err := io.Copy(h, io.NewSectionReader(f, 0, size)); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
+// begins reports whether a file begins as that of the position did, as far as it goes.
+func (p *position) begins(f *found) (bool, error) {
+	head, err := headOf(f.file, int64(len(p.Head)))
+	return bytes.HasPrefix(p.Head, head), err
+}
+
+// headOf is the first bytes of a file, or all of it.
+func headOf(f *os.File, size int64) ([]byte, error) {
+	return io.ReadAll(io.NewSectionReader(f, 0, size))
 }
 
 // truncated reads the end of what was at a position from the copy that copytruncate left beside it, and begins anew.
 func (s *Spool) truncated(ctx context.Context, i int, f *found, c *Collected) error {
 	p := s.state.Positions[i]
 	copied := s.copyOf(p, f)
-	if copied == nil {
+	begins, err := p.begins(f)
+	switch {
+	case err != nil:
+		return err
+	case copied == nil && begins && f.stat.Size > 0:
+		// It lost its end: a power cut took what was read, and sent, before the kernel had written it.
+		s.state.Positions[i].Offset = f.stat.Size
+		s.state.Positions[i].Head = p.Head[:min(int64(len(p.Head)), f.stat.Size)]
+		return s.save()
+	case copied == nil:
 		s.lose(p.Path, 0, "it was truncated, and no copy of it is there")
-	} else {
+	default:
 		defer copied.file.Close()
 		for more := true; more; {
-			var err error
 			if more, err = s.piece(ctx, i, copied, true, c); err != nil {
 				return err
 			}
@@ -268,7 +275,7 @@ func (s *Spool) truncated(ctx context.Context, i int, f *found, c *Collected) er
 	if copied != nil {
 		s.state.Positions = append(s.state.Positions, position{
 			Path: copied.path, Device: uint64(copied.stat.Dev), Inode: copied.stat.Ino, Offset: copied.stat.Size, //nolint:unconvert // as above
-			Generation: s.generation(copied.path), HeadSize: p.HeadSize, Head: p.Head, Ended: true,
+			Generation: s.generation(copied.path), Head: p.Head, Ended: true,
 		})
 	}
 	return s.save()
@@ -276,7 +283,7 @@ func (s *Spool) truncated(ctx context.Context, i int, f *found, c *Collected) er
 
 // copyOf finds the file beside a position's that begins as it did and is as long at least.
 func (s *Spool) copyOf(p position, not *found) *found {
-	if p.HeadSize == 0 {
+	if len(p.Head) == 0 {
 		return nil
 	}
 	dir := filepath.Dir(p.Path)
@@ -289,8 +296,8 @@ func (s *Spool) copyOf(p position, not *found) *found {
 		if err != nil {
 			continue
 		}
-		head, err := headOf(f.file, p.HeadSize)
-		if err == nil && head == p.Head && f.stat.Size >= p.Offset && f.stat.Ino != not.stat.Ino {
+		begins, err := p.begins(f)
+		if err == nil && begins && f.stat.Size >= p.Offset && f.stat.Ino != not.stat.Ino {
 			return f
 		}
 		f.file.Close()
@@ -319,8 +326,7 @@ func (s *Spool) piece(ctx context.Context, i int, f *found, final bool, c *Colle
 		return false, nil
 	}
 	p.Offset += made.Bytes
-	p.HeadSize = min(p.Offset, headSize)
-	if p.Head, err = headOf(f.file, p.HeadSize); err != nil {
+	if p.Head, err = headOf(f.file, min(p.Offset, headSize)); err != nil {
 		return false, err
 	}
 	return true, s.add(ctx, made, i, p, c)

@@ -50,7 +50,7 @@ const (
 	lockFile  = "lock"
 
 	stateVersion = 1
-	headSize     = 1024 // bytes of a file by which it is known again
+	headSize     = 1024 // bytes of position.Head
 )
 
 // Piece is a part of a source that waits in the spool.
@@ -74,8 +74,7 @@ type position struct {
 	Offset int64  `json:"offset,omitempty"`
 	// Generation counts the files that were at this path.
 	Generation int    `json:"generation,omitempty"`
-	HeadSize   int64  `json:"head_size,omitempty"`
-	Head       string `json:"head,omitempty"` // SHA-256 of that many bytes at the beginning
+	Head       []byte `json:"head,omitempty"` // the first bytes, by which it is known again
 	// Ended says that the file was rotated, and read to its end.
 	Ended bool `json:"ended,omitempty"`
 
@@ -230,8 +229,18 @@ func syncDir(dir string) error {
 // Pieces are those that wait, the oldest first.
 func (s *Spool) Pieces() []Piece { return slices.Clone(s.state.Pieces) }
 
-// Lost is what was lost since the spool was made.
+// Lost is what was lost, and nobody was told of yet.
 func (s *Spool) Lost() []Lost { return slices.Clone(s.state.Lost) }
+
+// TellLost is Lost for who tells it: it is not there the next time.
+func (s *Spool) TellLost() ([]Lost, error) {
+	lost := s.state.Lost
+	if len(lost) == 0 {
+		return nil, nil
+	}
+	s.state.Lost = nil
+	return lost, s.save()
+}
 
 // Waiting is how many bytes of pieces wait.
 func (s *Spool) Waiting() (n int64) {

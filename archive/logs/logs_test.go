@@ -157,6 +157,20 @@ func TestCopyTruncate(t *testing.T) {
 	d.want("truncated without a copy", map[string]string{"a.log": "5\n"}, 1)
 }
 
+// TestPowerCut: the end of a file that was read and sent is gone after a power cut. The rest is not read again.
+func TestPowerCut(t *testing.T) {
+	d := newDesk(t)
+	d.write("a.log", "1\n", "2\n")
+	d.want("first", map[string]string{"a.log": "1\n2\n"}, 0)
+	d.must(os.Truncate(d.path("a.log"), 2))
+	d.want("its end is gone", map[string]string{}, 0)
+	d.write("a.log", "3\n")
+	d.want("it goes on", map[string]string{"a.log": "3\n"}, 0)
+	d.must(os.Truncate(d.path("a.log"), 2))
+	d.write("a.log", "4444444\n")
+	d.want("its end is gone, and it grew beyond", map[string]string{"a.log": "1\n4444444\n"}, 1) // nobody can tell that from a new file
+}
+
 func TestPiecesAndLongLines(t *testing.T) {
 	d := newDesk(t)
 	d.o.PieceSize = 100

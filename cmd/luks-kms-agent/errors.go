@@ -12,6 +12,7 @@ import (
 
 	"github.com/luks-kms-agent/luks-kms-agent/agent"
 	"github.com/luks-kms-agent/luks-kms-agent/archive"
+	"github.com/luks-kms-agent/luks-kms-agent/archive/logs"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/systemd"
@@ -124,8 +125,10 @@ func exitCode(err error) int {
 		return exitRefused
 	case errors.As(err, &s3):
 		return escrowCode(s3)
-	case errors.Is(err, agent.ErrNoEscrow):
+	case errors.Is(err, agent.ErrNoEscrow), errors.Is(err, agent.ErrNoLogs):
 		return exitUsage
+	case errors.Is(err, logs.ErrLocked):
+		return exitUnavailable
 	case errors.As(err, &kms):
 		if kms.Retryable() {
 			return exitUnavailable
@@ -224,6 +227,10 @@ func hint(err error) string {
 		return refusedHint(refused)
 	case errors.As(err, &s3):
 		return escrowHint(s3)
+	case errors.Is(err, agent.ErrNoLogs):
+		return "Write a section logs into the configuration: `logs: {bucket: NAME, cluster: NAME, files: [/var/log/*.log*]}`. See docs/logs.md."
+	case errors.Is(err, logs.ErrLocked):
+		return "Wait for the other one: `systemctl status luks-kms-agent-logs`."
 	case errors.Is(err, agent.ErrNoEscrow):
 		return "Write a section escrow into the configuration; the smallest one is a line: `escrow: {bucket: NAME}`. docs/escrow.md has the policies."
 	case errors.As(err, &kms):
@@ -385,27 +392,27 @@ func escrowCode(err *archive.Error) int {
 func escrowHint(err *archive.Error) string {
 	switch err.Reason {
 	case archive.ReasonDenied:
-		return "Allow the role s3:PutObject and s3:GetObject on the bucket's objects and s3:ListBucket on the bucket, and see that bucket_owner is the account that has it (docs/escrow.md)."
+		return "Allow the role s3:PutObject and s3:GetObject on the bucket's objects and s3:ListBucket on the bucket, and see that bucket_owner is the account that has it (docs/escrow.md, docs/logs.md)."
 	case archive.ReasonKMSDenied:
-		return "Allow the role kms:GenerateDataKey, and kms:Decrypt to read it back, on the key of the escrow (docs/escrow.md)."
+		return "Allow the role kms:GenerateDataKey, and kms:Decrypt to read it back, on the key of the bucket's objects (docs/escrow.md, docs/logs.md)."
 	case archive.ReasonKey:
-		return "See that escrow.kms_key is there, enabled, and in the bucket's region. What was not sent is sent once it is."
+		return "See that the key of the bucket's objects is there, enabled, and in the bucket's region. What was not sent is sent once it is."
 	case archive.ReasonAWSManaged:
-		return "Make a customer managed key, and name its ARN in escrow.kms_key."
+		return "Make a customer managed key, and name its ARN."
 	case archive.ReasonNoBucket:
-		return "See that escrow.bucket is right; the agent makes no buckets."
+		return "See that the bucket's name is right; the agent makes no buckets."
 	case archive.ReasonWrongRegion:
-		return "Set escrow.region to the bucket's, and take a key of that region."
+		return "Set the region to the bucket's, and take a key of that region."
 	case archive.ReasonEncryption:
 		return "Trust nothing that lies there. If it was sent just now it may be in the clear: find out who answers as S3, remove the object, and see the bucket's policy (docs/escrow.md)."
 	case archive.ReasonTampered:
-		return "Somebody changed the object, or put another one in its place. Take an older one: `luks-kms-agent escrow list`."
+		return "Somebody changed the object, or put another one in its place. An older copy may be whole: `luks-kms-agent escrow list`."
 	case archive.ReasonExists:
-		return "Something else lies under that name; nothing is overwritten. Remove it, or choose another escrow.prefix."
+		return "Something else lies under that name; nothing is overwritten. Remove it, or choose another prefix."
 	case archive.ReasonClock:
 		return "Set the node's clock (chrony, systemd-timesyncd)."
 	case archive.ReasonUnavailable, archive.ReasonNoCredentials:
-		return "It is tried again by luks-kms-agent-escrow.timer. From a subnet without a way out S3 needs a gateway endpoint."
+		return "It is tried again by the timer, luks-kms-agent-escrow.timer or luks-kms-agent-logs.timer. From a subnet without a way out S3 needs a gateway endpoint."
 	}
 	return "See docs/escrow.md."
 }

@@ -75,6 +75,7 @@ func newRoot(p *progress) *cobra.Command {
 		newRecoveryKey(opts),
 		newHeader(opts),
 		newEscrow(opts),
+		newLogs(opts),
 		newVerify(opts),
 		newWipe(opts),
 		newSealImage(opts),

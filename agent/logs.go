@@ -1,0 +1,150 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"go.uber.org/zap"
+
+	"github.com/luks-kms-agent/luks-kms-agent/archive"
+	"github.com/luks-kms-agent/luks-kms-agent/archive/logs"
+	"github.com/luks-kms-agent/luks-kms-agent/systemd"
+)
+
+// ErrNoLogs says that the configuration archives no logs.
+var ErrNoLogs = errors.New("cannot archive logs: the configuration names none")
+
+// LogsArchived is what ArchiveLogs did.
+type LogsArchived struct {
+	Pieces  int // that were sent and confirmed
+	Lines   int // in them
+	Bytes   int64
+	Waiting int64 // bytes that wait in the spool
+	Full    bool  // the spool is full: what is new stays where it is
+	// Lost is what could not be collected since the last call that told of it.
+	Lost []logs.Lost
+}
+
+// ArchiveLogs sends what is new in the logs to S3, in pieces, each confirmed by what S3 tells of it. A piece that is not confirmed waits in the spool. It may
+// be killed at any point: nothing is lost or sent twice by that.
+func (n *Node) ArchiveLogs(ctx context.Context) (done LogsArchived, err error) {
+	l := n.cfg.Logs
+	if l.Bucket == "" {
+		return done, ErrNoLogs
+	}
+	spool, err := logs.Open(logs.Options{Dir: l.Spool, Files: l.Files, Units: l.Units, MaxSpool: l.MaxSpool << 20, Rate: l.Rate << 20})
+	if err != nil {
+		return done, err
+	}
+	defer func() {
+		done.Waiting = spool.Waiting()
+		err = errors.Join(err, spool.Close())
+	}()
+	var errs []error
+	var prefix string
+	v, err := n.vault(ctx, l.options())
+	if err == nil {
+		prefix, err = n.logPrefix(ctx)
+	}
+	if err != nil {
+		errs = append(errs, err) // what is new is collected all the same, as far as there is room
+	}
+	for ctx.Err() == nil {
+		if err == nil {
+			if err = n.sendPieces(ctx, v, prefix, spool, &done); err != nil {
+				errs = append(errs, err)
+			}
+		}
+		c, cerr := spool.Collect(ctx)
+		done.Full = c.Full
+		if cerr != nil {
+			errs = append(errs, cerr)
+		}
+		if c.Pieces == 0 || err != nil || cerr != nil && len(spool.Pieces()) == 0 {
+			break
+		}
+	}
+	done.Lost, err = spool.TellLost()
+	for _, lost := range done.Lost {
+		n.log.Warn("log lines are lost", zap.String("source", lost.Source), zap.Int64("bytes", lost.Bytes), zap.String("reason", lost.Reason))
+	}
+	return done, errors.Join(append(errs, err, ctx.Err())...)
+}
+
+// logPrefix is what the names of this node's logs begin with, as Amazon EMR has them: CLUSTER/node/INSTANCE-ID/.
+func (n *Node) logPrefix(ctx context.Context) (string, error) {
+	id, err := n.cloud.Identity(ctx)
+	if err != nil {
+		return "", err
+	}
+	return n.cfg.Logs.Prefix + n.cfg.Logs.Cluster + "/node/" + id.InstanceID + "/", nil
+}
+
+// sendPieces sends what waits, the oldest first, until one is not confirmed.
+func (n *Node) sendPieces(ctx context.Context, v vault, prefix string, spool *logs.Spool, done *LogsArchived) error {
+	for _, p := range spool.Pieces() {
+		n.step("Sending %s", p.Name)
+		systemd.ExtendTimeout(2 * escrowTimeout)
+		f, err := spool.OpenPiece(p)
+		if err != nil {
+			return fmt.Errorf("cannot send %s: %w", p.Name, err)
+		}
+		data, err := io.ReadAll(f)
+		if err = errors.Join(err, f.Close()); err != nil {
+			return fmt.Errorf("cannot send %s: %w", p.Name, err)
+		}
+		if _, err := v.Put(ctx, prefix+p.Name, data, map[string]string{"lines": fmt.Sprint(p.Lines)}); err != nil {
+			return err
+		}
+		if err := spool.Done(p); err != nil {
+			return err
+		}
+		done.Pieces++
+		done.Lines += p.Lines
+		done.Bytes += p.Bytes
+	}
+	return nil
+}
+
+// LogObject is an object of the archive, as S3 tells of it.
+type LogObject struct {
+	archive.Object
+	URL string
+	Err error // why it does not count: it is not encrypted as it has to be, or S3 does not tell
+}
+
+// VerifyLogs reads the encryption properties of this node's logs in the archive back, or of those of all nodes of the cluster.
+func (n *Node) VerifyLogs(ctx context.Context, allNodes bool) ([]LogObject, error) {
+	if n.cfg.Logs.Bucket == "" {
+		return nil, ErrNoLogs
+	}
+	v, err := n.vault(ctx, n.cfg.Logs.options())
+	if err != nil {
+		return nil, err
+	}
+	prefix := n.cfg.Logs.Prefix + n.cfg.Logs.Cluster + "/node/"
+	if !allNodes {
+		if prefix, err = n.logPrefix(ctx); err != nil {
+			return nil, err
+		}
+	}
+	listed, err := v.List(ctx, prefix)
+	if err != nil {
+		return nil, err
+	}
+	found := make([]LogObject, len(listed))
+	for i, o := range listed {
+		found[i] = LogObject{Object: o, URL: v.URL(o.Name)}
+	}
+	eachOf(found, headsAtOnce, func(o *LogObject) {
+		full, err := v.Head(ctx, o.Name)
+		if err != nil {
+			o.Err = err
+			return
+		}
+		o.Object, o.Err = full, v.Check(full)
+	})
+	return found, nil
+}

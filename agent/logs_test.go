@@ -1,0 +1,229 @@
+package agent
+
+import (
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/luks-kms-agent/luks-kms-agent/archive"
+	"github.com/luks-kms-agent/luks-kms-agent/archive/s3test"
+	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
+)
+
+const logBucket = "node-logs"
+
+// withLogs is a machine that archives the logs in a directory.
+func withLogs(t *testing.T) (m *machine, s *s3test.S3, dir string) {
+	t.Helper()
+	m = newMachine(t)
+	m.kms.Trust(m.imds)
+	m.kms.AllowContext()
+	s = s3test.New(t, s3test.Options{KMS: m.kms.URL()})
+	s.NewBucket(logBucket, s3test.Bucket{})
+	dir = t.TempDir()
+	m.cfg.Logs = LogsConfig{
+		Bucket: logBucket, Prefix: "logs/", Cluster: "c-1", KMSKey: m.kms.NewKey(kmstest.KeySpec{}), Endpoint: s.URL(),
+		Files: []string{filepath.Join(dir, "*.log*")}, Spool: filepath.Join(m.dir, "spool"), MaxSpool: 16,
+	}
+	return m, s, dir
+}
+
+func appendTo(t *testing.T, path, text string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err == nil {
+		_, err = f.WriteString(text)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// archived is what the bucket has, decrypted and decompressed, in the order of the names.
+func (m *machine) archived(s *s3test.S3) (text string) {
+	m.t.Helper()
+	n := m.node()
+	v, err := n.vault(m.t.Context(), m.cfg.Logs.options())
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	for _, name := range s.Keys(logBucket) {
+		data, _, err := v.Get(m.t.Context(), name)
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		zip, err := gzip.NewReader(bytes.NewReader(data))
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		plain, err := io.ReadAll(zip)
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		text += string(plain)
+	}
+	return text
+}
+
+func TestArchiveLogs(t *testing.T) {
+	m, s, dir := withLogs(t)
+	appendTo(t, filepath.Join(dir, "a.log"), "1\n2\n")
+	done, err := m.node().ArchiveLogs(t.Context())
+	if err != nil || done.Pieces != 1 || done.Lines != 2 || done.Waiting != 0 || done.Lost != nil {
+		t.Fatalf("%+v, %v", done, err)
+	}
+	name := s.Keys(logBucket)[0]
+	if want := "logs/c-1/node/" + kmstest.InstanceID + "/files" + dir + "/a.log/000001-00000000000000000000.gz"; name != want {
+		t.Errorf("the object is %s, want %s", name, want)
+	}
+	if done, err = m.node().ArchiveLogs(t.Context()); err != nil || done.Pieces != 0 {
+		t.Errorf("nothing new: %+v, %v", done, err)
+	}
+	appendTo(t, filepath.Join(dir, "a.log"), "3\n")
+	if err := os.Rename(filepath.Join(dir, "a.log"), filepath.Join(dir, "a.log.1")); err != nil {
+		t.Fatal(err)
+	}
+	appendTo(t, filepath.Join(dir, "a.log"), "4\n")
+	if done, err = m.node().ArchiveLogs(t.Context()); err != nil || done.Lines != 2 {
+		t.Errorf("rotated: %+v, %v", done, err)
+	}
+	if text := m.archived(s); text != "1\n2\n3\n4\n" {
+		t.Errorf("%q", text)
+	}
+	objects, err := m.node().VerifyLogs(t.Context(), false)
+	if err != nil || len(objects) != 3 {
+		t.Errorf("%+v, %v", objects, err)
+	}
+	for _, o := range objects {
+		if o.Err != nil || o.Encryption.Algorithm != "aws:kms" || o.Encryption.KeyARN != m.cfg.Logs.KMSKey {
+			t.Errorf("%+v", o)
+		}
+	}
+	for _, c := range m.kms.Calls() {
+		if c.KeyID == m.cfg.Logs.KMSKey && !strings.HasPrefix(c.Context["aws:s3:arn"], "arn:aws:s3:::"+logBucket+"/logs/c-1/node/") {
+			t.Errorf("%+v", c)
+		}
+	}
+	// One that somebody else put there without the key is seen.
+	s.Add(logBucket, "logs/c-1/node/"+kmstest.InstanceID+"/files/x.gz", []byte("x"), nil)
+	objects, err = m.node().VerifyLogs(t.Context(), true)
+	var e *archive.Error
+	if err != nil || len(objects) != 4 || !slices.ContainsFunc(objects, func(o LogObject) bool { return errors.As(o.Err, &e) && e.Reason == archive.ReasonEncryption }) {
+		t.Errorf("%+v, %v", objects, err)
+	}
+	m.cfg.Logs = LogsConfig{}
+	if _, err := m.node().ArchiveLogs(t.Context()); !errors.Is(err, ErrNoLogs) {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestLogsNeedOnlyGenerateDataKey: the role that archives may make data keys under the log key, and nothing else.
+func TestLogsNeedOnlyGenerateDataKey(t *testing.T) {
+	m, s, dir := withLogs(t)
+	m.kms.Enforce(&kmstest.Access{Role: []*kmstest.Policy{onlyAllows(t, map[string][]string{m.cfg.Logs.KMSKey: {"GenerateDataKey"}})}})
+	appendTo(t, filepath.Join(dir, "a.log"), strings.Repeat("0123456789\n", 1<<20)) // more than a piece
+	done, err := m.node().ArchiveLogs(t.Context())
+	if err != nil || done.Lines != 1<<20 || done.Pieces != 2 {
+		t.Fatalf("%+v, %v", done, err)
+	}
+	if objects, err := m.node().VerifyLogs(t.Context(), false); err != nil || len(objects) != 2 || objects[0].Err != nil {
+		t.Errorf("%+v, %v", objects, err)
+	}
+	m.kms.Enforce(&kmstest.Access{Role: []*kmstest.Policy{onlyAllows(t, map[string][]string{m.cfg.Logs.KMSKey: {"Decrypt"}})}})
+	appendTo(t, filepath.Join(dir, "a.log"), "more\n")
+	var e *archive.Error
+	if _, err := m.node().ArchiveLogs(t.Context()); !errors.As(err, &e) || e.Reason != archive.ReasonKMSDenied {
+		t.Errorf("%v", err)
+	}
+	_ = s
+}
+
+// TestLogsWait: what S3 does not take waits, nothing is lost, and all of it is there once it is well.
+func TestLogsWait(t *testing.T) {
+	for name, c := range map[string]struct {
+		fail   func(*machine, *s3test.S3)
+		reason archive.Reason
+	}{
+		"S3 is away":          {func(_ *machine, s *s3test.S3) { s.Fail(s3test.Fault{Code: "SlowDown", Status: 503}) }, archive.ReasonUnavailable},
+		"denied":              {func(_ *machine, s *s3test.S3) { s.Deny("PutObject") }, archive.ReasonDenied},
+		"KMS says no":         {func(m *machine, _ *s3test.S3) { m.kms.SetState(m.cfg.Logs.KMSKey, kmstest.Disabled) }, archive.ReasonKey},
+		"HEAD is denied":      {func(_ *machine, s *s3test.S3) { s.Deny("HeadObject", "GetObject") }, archive.ReasonDenied},
+		"S3 does not encrypt": {func(_ *machine, s *s3test.S3) { s.Behave(s3test.Ignores) }, archive.ReasonEncryption},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m, s, dir := withLogs(t)
+			want := ""
+			c.fail(m, s)
+			rounds := 3
+			if c.reason == archive.ReasonUnavailable {
+				rounds = 1 // the SDK waits between its tries
+			}
+			for i := range rounds {
+				line := fmt.Sprintf("line %d\n", i)
+				want += line
+				appendTo(t, filepath.Join(dir, "a.log"), line)
+				done, err := m.node().ArchiveLogs(t.Context())
+				var e *archive.Error
+				if !errors.As(err, &e) || e.Reason != c.reason || done.Pieces != 0 || done.Waiting == 0 {
+					t.Fatalf("%+v, %v", done, err)
+				}
+			}
+			// Meanwhile the file is rotated away: the spool has it.
+			if err := os.Remove(filepath.Join(dir, "a.log")); err != nil {
+				t.Fatal(err)
+			}
+			s.Heal()
+			m.kms.SetState(m.cfg.Logs.KMSKey, kmstest.Enabled)
+			if name == "S3 does not encrypt" {
+				s.NewBucket(logBucket, s3test.Bucket{}) // what lies there in the clear is removed by somebody
+			}
+			done, err := m.node().ArchiveLogs(t.Context())
+			if err != nil || done.Lines != rounds || done.Waiting != 0 {
+				t.Errorf("%+v, %v", done, err)
+			}
+			if got := m.archived(s); got != want {
+				t.Errorf("%q, want %q", got, want)
+			}
+			if name == "S3 is away" && len(done.Lost) != 1 { // it went, and who knows what was in it at last
+				t.Errorf("lost: %+v", done.Lost)
+			}
+		})
+	}
+}
+
+func TestLogsConfiguration(t *testing.T) {
+	const key = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+	good := "kms_key: " + key + "\nlogs:\n  bucket: my-logs\n  cluster: c-1\n"
+	files := "  files: [/var/log/*.log*]\n"
+	cfg, err := parseConfig("c", []byte(good+files))
+	want := LogsConfig{Bucket: "my-logs", Prefix: "logs/", Cluster: "c-1", KMSKey: key, Files: []string{"/var/log/*.log*"}, Spool: "/var/spool/luks-kms-agent", MaxSpool: 1024}
+	if err != nil || fmt.Sprint(cfg.Logs) != fmt.Sprint(want) {
+		t.Errorf("%+v, %v", cfg.Logs, err)
+	}
+	for text, says := range maps.All(map[string]string{
+		"kms_key: " + key + "\nlogs: {}\n":                            "c:2: logs.bucket is missing",
+		good:                                                          "c:2: logs has neither files nor units",
+		good + "  files: [var/log/x]\n":                               "c:5: logs.files has \"var/log/x\"",
+		good + "  files: [\"/var/[\"]\n":                              "c:5: logs.files has \"/var/[\"",
+		good + "  units: [--root]\n":                                  "c:5: logs.units has \"--root\"",
+		good + files + "  max_spool_mib: 1\n":                         "c:6: logs.max_spool_mib is \"1\"",
+		good + files + "  rate_mib_per_second: fast\n":                "c:6: logs.rate_mib_per_second is \"fast\"",
+		good + files + "  spool_dir: spool\n":                         "c:6: logs.spool_dir is \"spool\"",
+		good + files + "  spool_dir: /var/lib/luks-kms-agent/spool\n": "not below state_dir",
+		good + files + "  kms_key: alias/x\n":                         "is no key ARN",
+		strings.Replace(good, "c-1", "a/b", 1) + files:                "c:2: logs.cluster is \"a/b\"",
+	}) {
+		if _, err := parseConfig("c", []byte(text)); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%q: %v, want %q", text, err, says)
+		}
+	}
+}

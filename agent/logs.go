@@ -51,20 +51,21 @@ func (n *Node) ArchiveLogs(ctx context.Context) (done LogsArchived, err error) {
 	if err != nil {
 		errs = append(errs, err) // what is new is collected all the same, as far as there is room
 	}
-	for ctx.Err() == nil {
-		if err == nil {
+	send := func() {
+		if err == nil && ctx.Err() == nil {
 			if err = n.sendPieces(ctx, v, prefix, spool, &done); err != nil {
 				errs = append(errs, err)
 			}
 		}
+	}
+	send()
+	// Once, unless the spool was too small for all: whoever writes on is not waited for.
+	for again := true; again && ctx.Err() == nil; {
 		c, cerr := spool.Collect(ctx)
-		done.Full = c.Full
-		if cerr != nil {
-			errs = append(errs, cerr)
-		}
-		if c.Pieces == 0 || err != nil || cerr != nil && len(spool.Pieces()) == 0 {
-			break
-		}
+		errs = append(errs, cerr)
+		send()
+		done.Full = c.Full && err != nil
+		again = c.Full && err == nil
 	}
 	done.Lost, err = spool.TellLost()
 	for _, lost := range done.Lost {

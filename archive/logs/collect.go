@@ -312,8 +312,8 @@ func (s *Spool) piece(ctx context.Context, i int, f *found, final bool, c *Colle
 		return false, err
 	}
 	name := fmt.Sprintf("%s/%06d-%020d.gz", sourceName("files", p.Path), p.Generation, p.Offset)
-	rest := io.NewSectionReader(f.file, p.Offset, 1<<62)
-	made, err := s.compress(ctx, name, rest, final, nil)
+	rest := io.NewSectionReader(f.file, p.Offset, max(0, f.stat.Size-p.Offset)) // what there was when it was opened
+	made, end, err := s.compress(ctx, name, rest, final, nil)
 	if err != nil {
 		return false, fmt.Errorf("cannot collect %s: %w", f.path, err)
 	}
@@ -326,10 +326,11 @@ func (s *Spool) piece(ctx context.Context, i int, f *found, final bool, c *Colle
 		return false, nil
 	}
 	p.Offset += made.Bytes
+	p.Ended = p.Ended || final && end
 	if p.Head, err = headOf(f.file, min(p.Offset, headSize)); err != nil {
 		return false, err
 	}
-	return true, s.add(ctx, made, i, p, c)
+	return !end, s.add(ctx, made, i, p, c)
 }
 
 // room says whether another piece may be made.
@@ -367,13 +368,13 @@ func (s *Spool) add(ctx context.Context, made Piece, i int, behind position, c *
 }
 
 // compress writes whole lines of r into a file of the spool, up to the size of a piece. Where nothing is there it leaves no file. each, if not nil,
-// sees every line.
-func (s *Spool) compress(ctx context.Context, name string, r io.Reader, final bool, each func(line []byte) error) (made Piece, err error) {
+// sees every line. end says that there is nothing more: who writes on is not waited for.
+func (s *Spool) compress(ctx context.Context, name string, r io.Reader, final bool, each func(line []byte) error) (made Piece, end bool, err error) {
 	made = Piece{Name: name, File: fmt.Sprintf("%012d.gz", s.state.Next), Time: s.now().UTC()}
 	path := s.path(made.File)
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return made, err
+		return made, false, err
 	}
 	defer func() {
 		f.Close()
@@ -389,9 +390,10 @@ func (s *Spool) compress(ctx context.Context, name string, r io.Reader, final bo
 	for made.Bytes < s.options.PieceSize && ctx.Err() == nil {
 		line, whole, err := readLine(lines, longest)
 		if err != nil {
-			return made, err
+			return made, false, err
 		}
 		if len(line) == 0 || !whole && !final && int64(len(line)) < longest {
+			end = true
 			break
 		}
 		if made.Bytes > 0 && made.Bytes+int64(len(line)) > s.options.PieceSize {
@@ -399,24 +401,24 @@ func (s *Spool) compress(ctx context.Context, name string, r io.Reader, final bo
 		}
 		if each != nil {
 			if err := each(line); err != nil {
-				return made, err
+				return made, false, err
 			}
 		}
 		if _, err := zip.Write(line); err != nil {
-			return made, err
+			return made, false, err
 		}
 		made.Bytes += int64(len(line))
 		made.Lines++
 	}
 	if made.Bytes == 0 {
-		return made, nil
+		return made, true, nil
 	}
 	if err := errors.Join(zip.Close(), f.Sync()); err != nil {
-		return made, err
+		return made, false, err
 	}
 	made.Size, made.SHA256 = counted.n, hex.EncodeToString(sum.Sum(nil))
 	s.state.Next++
-	return made, syncDir(filepath.Dir(path))
+	return made, end, syncDir(filepath.Dir(path))
 }
 
 type counter struct {
@@ -484,7 +486,7 @@ func (s *Spool) journalPiece(ctx context.Context, i int, c *Collected) (more boo
 	if err != nil {
 		return false, fmt.Errorf("cannot read the journal of %s: %w", p.Unit, err)
 	}
-	made, err := s.compress(ctx, fmt.Sprintf("%s/%012d.gz", sourceName("journal", p.Unit), p.Number+1), journal, false, func(line []byte) error {
+	made, end, err := s.compress(ctx, fmt.Sprintf("%s/%012d.gz", sourceName("journal", p.Unit), p.Number+1), journal, false, func(line []byte) error {
 		var entry struct {
 			Cursor string `json:"__CURSOR"`
 		}
@@ -501,7 +503,7 @@ func (s *Spool) journalPiece(ctx context.Context, i int, c *Collected) (more boo
 		return false, nil
 	}
 	p.Number++
-	return true, s.add(ctx, made, i, p, c)
+	return !end, s.add(ctx, made, i, p, c)
 }
 
 // journalctl runs the machine's. Who has read enough closes it; that it is then ended by a signal is no error.

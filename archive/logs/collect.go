@@ -72,8 +72,13 @@ func open(path string) (*found, error) {
 	return it, nil
 }
 
+// is tells whether a file may be that of a position. The device's number says nothing: it is another one after a reboot.
 func (f *found) is(p position) bool {
-	return uint64(f.stat.Dev) == p.Device && f.stat.Ino == p.Inode //nolint:unconvert // Dev is of another size elsewhere
+	if f.stat.Ino != p.Inode || filepath.Dir(f.path) != filepath.Dir(p.Path) {
+		return false
+	}
+	begins, err := p.begins(f)
+	return f.path == p.Path || err == nil && begins && f.stat.Size >= p.Offset
 }
 
 func (s *Spool) collectFiles(ctx context.Context, c *Collected) error {
@@ -107,13 +112,14 @@ func (s *Spool) collectFiles(ctx context.Context, c *Collected) error {
 		}
 	}
 	slices.Sort(paths)
+	claimed := map[string]bool{} // files that have a position
 	// What was begun before what is new: a rotated file's end comes before the new file's beginning.
 	for i := 0; i < len(s.state.Positions); i++ {
 		p := s.state.Positions[i]
 		if p.Unit != "" {
 			continue
 		}
-		f, rotated := s.find(p, here)
+		f, rotated := s.find(p, here, claimed)
 		if f != nil && (rotated || p.Ended) {
 			// The number of a file that is gone may have been given to another.
 			if same, err := p.knows(f); err == nil && !same {
@@ -128,6 +134,7 @@ func (s *Spool) collectFiles(ctx context.Context, c *Collected) error {
 			i--
 			continue
 		}
+		claimed[f.path] = true
 		err := s.follow(ctx, i, f, rotated && s.now().Sub(time.Unix(f.stat.Mtim.Unix())) > s.options.Settle, c)
 		if rotated && here[f.path] != f {
 			f.file.Close()
@@ -141,10 +148,11 @@ func (s *Spool) collectFiles(ctx context.Context, c *Collected) error {
 	}
 	for _, path := range paths {
 		f := here[path]
-		if slices.ContainsFunc(s.state.Positions, func(p position) bool { return p.Unit == "" && f.is(p) }) {
+		// One that was renamed while this looked around has two names here.
+		if claimed[path] || slices.ContainsFunc(s.state.Positions, func(p position) bool { return p.Unit == "" && f.is(p) }) {
 			continue
 		}
-		s.state.Positions = append(s.state.Positions, position{Path: path, Device: uint64(f.stat.Dev), Inode: f.stat.Ino, Generation: s.generation(path)}) //nolint:unconvert // as above
+		s.state.Positions = append(s.state.Positions, position{Path: path, Inode: f.stat.Ino, Generation: s.generation(path)})
 		err := s.follow(ctx, len(s.state.Positions)-1, f, false, c)
 		if errors.Is(err, errFull) || ctx.Err() != nil {
 			return err
@@ -164,29 +172,33 @@ func (s *Spool) generation(path string) int {
 	return n
 }
 
-// find finds the file of a position: where it was, or under the name that a rotation gave it.
-func (s *Spool) find(p position, here map[string]*found) (f *found, rotated bool) {
-	if f := here[p.Path]; f != nil && f.is(p) {
+// find finds the file of a position: where it was, or under the name that a rotation gave it in the same directory.
+func (s *Spool) find(p position, here map[string]*found, claimed map[string]bool) (f *found, rotated bool) {
+	if f := here[p.Path]; f != nil && !claimed[f.path] && f.is(p) {
 		return f, false
 	}
-	for _, f := range here {
-		if f.is(p) {
-			return f, true
-		}
-	}
-	entries, err := os.ReadDir(filepath.Dir(p.Path))
+	dir := filepath.Dir(p.Path)
+	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, false
 	}
 	for _, e := range entries {
-		f, err := open(filepath.Join(filepath.Dir(p.Path), e.Name()))
-		if err != nil {
+		path := filepath.Join(dir, e.Name())
+		if claimed[path] {
 			continue
 		}
-		if f.is(p) {
-			return f, f.path != p.Path
+		f := here[path]
+		if f == nil {
+			if f, err = open(path); err != nil {
+				continue
+			}
 		}
-		f.file.Close()
+		if f.is(p) {
+			return f, path != p.Path
+		}
+		if here[path] != f {
+			f.file.Close()
+		}
 	}
 	return nil, false
 }
@@ -270,11 +282,11 @@ func (s *Spool) truncated(ctx context.Context, i int, f *found, c *Collected) er
 			}
 		}
 	}
-	s.state.Positions[i] = position{Path: p.Path, Device: p.Device, Inode: p.Inode, Generation: s.generation(p.Path)}
+	s.state.Positions[i] = position{Path: p.Path, Inode: p.Inode, Generation: s.generation(p.Path)}
 	// The copy is not to be read again, should a glob match it.
 	if copied != nil {
 		s.state.Positions = append(s.state.Positions, position{
-			Path: copied.path, Device: uint64(copied.stat.Dev), Inode: copied.stat.Ino, Offset: copied.stat.Size, //nolint:unconvert // as above
+			Path: copied.path, Inode: copied.stat.Ino, Offset: copied.stat.Size,
 			Generation: s.generation(copied.path), Head: p.Head, Ended: true,
 		})
 	}

@@ -69,7 +69,6 @@ type Piece struct {
 type position struct {
 	// Of a file.
 	Path   string `json:"path,omitempty"`
-	Device uint64 `json:"device,omitempty"`
 	Inode  uint64 `json:"inode,omitempty"`
 	Offset int64  `json:"offset,omitempty"`
 	// Generation counts the files that were at this path.

@@ -219,8 +219,7 @@ func (s *Spool) lose(source string, bytes int64, reason string) {
 // follow makes pieces of a file from its position on.
 // final says that nobody writes to it any more.
 func (s *Spool) follow(ctx context.Context, i int, f *found, final bool, c *Collected) error {
-	p := &s.state.Positions[i]
-	same, err := p.knows(f)
+	same, err := s.state.Positions[i].knows(f)
 	if err != nil {
 		return fmt.Errorf("cannot read log file: %w", err)
 	}
@@ -229,7 +228,6 @@ func (s *Spool) follow(ctx context.Context, i int, f *found, final bool, c *Coll
 		if err := s.truncated(ctx, i, f, c); err != nil {
 			return err
 		}
-		p = &s.state.Positions[i]
 	}
 	for ctx.Err() == nil {
 		more, err := s.piece(ctx, i, f, final, c)
@@ -263,14 +261,14 @@ func headOf(f *os.File, size int64) ([]byte, error) {
 func (s *Spool) truncated(ctx context.Context, i int, f *found, c *Collected) error {
 	p := s.state.Positions[i]
 	copied := s.copyOf(p, f)
-	begins, err := p.begins(f)
+	head, err := headOf(f.file, int64(len(p.Head)))
+	written := bytes.TrimRight(head, "\x00")
 	switch {
 	case err != nil:
 		return err
-	case copied == nil && begins && f.stat.Size > 0:
-		// It lost its end: a power cut took what was read, and sent, before the kernel had written it.
-		s.state.Positions[i].Offset = f.stat.Size
-		s.state.Positions[i].Head = p.Head[:min(int64(len(p.Head)), f.stat.Size)]
+	case copied == nil && len(written) > 0 && bytes.HasPrefix(p.Head, written):
+		// It lost its end: a power cut took what was read before the kernel had written it. Zeros may stand there instead.
+		s.state.Positions[i].Offset, s.state.Positions[i].Head = f.stat.Size, written
 		return s.save()
 	case copied == nil:
 		s.lose(p.Path, 0, "it was truncated, and no copy of it is there")

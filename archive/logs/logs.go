@@ -249,7 +249,7 @@ func (s *Spool) Waiting() (n int64) {
 	return n
 }
 
-// Open opens a piece.
+// OpenPiece opens a piece.
 func (s *Spool) OpenPiece(p Piece) (*os.File, error) { return os.Open(s.path(p.File)) }
 
 // Done takes a piece away that is elsewhere now.

@@ -167,6 +167,11 @@ func TestPowerCut(t *testing.T) {
 	d.write("a.log", "3\n")
 	d.want("it goes on", map[string]string{"a.log": "3\n"}, 0)
 	d.must(os.Truncate(d.path("a.log"), 2))
+	d.must(os.Truncate(d.path("a.log"), 3))
+	d.want("zeros are in the place of its end", map[string]string{}, 0)
+	d.write("a.log", "4\n")
+	d.want("and it goes on", map[string]string{"a.log": "4\n"}, 0)
+	d.must(os.Truncate(d.path("a.log"), 2))
 	d.write("a.log", "4444444\n")
 	d.want("its end is gone, and it grew beyond", map[string]string{"a.log": "1\n4444444\n"}, 1) // nobody can tell that from a new file
 }

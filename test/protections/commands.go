@@ -102,7 +102,7 @@ func inCommands() []protection {
 			{emr, "if seen[f.name] {", "if false {"},
 		}, "./agent TestMalformedEMR"},
 		{"import-emr takes no key of a configuration that encrypts nothing", []edit{
-			{emr, "case !atRest:", "case false:"},
+			{emr, "case !atRest:\n\t\te.leave(path, \"EnableAtRestEncryption is not true: EMR itself encrypts nothing under this configuration\")\n\t\te.nothing", "case false:\n\t\te.nothing"},
 		}, "./agent TestEMRKeysThatCannotBeUsed"},
 		{"run does not ignore an argument that was to narrow it", []edit{
 			{run, "Args: args(cobra.NoArgs),\n", ""},

@@ -26,6 +26,10 @@ func inEscrow() []protection {
 		one("a copy in the clear is passed over", escrow, "			if d.Header != nil && d.Header.Header != nil {\n				return o.Err == nil && o.UUID", "			if d.Header != nil && d.Header.Header != nil {\n				return o.UUID", "./agent TestNewestCopyThatCounts"),
 		one("a volume waits for its escrow", apply, "if err := a.holdBack(ctx, act, open); err != nil {", "if err := a.holdBack(ctx, act, open); err != nil && false {", "./agent TestEscrowRequired"),
 		one("a volume that waits is closed", apply, "return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), mapping))\n	}\n	return a.mount(ctx, act, mapping)", "return err\n	}\n	return a.mount(ctx, act, mapping)", "./agent TestEscrowRequired"),
+		one("a piece of a log that S3 did not take waits", "agent/logs.go", "; err != nil {\n			return err\n		}\n		if err := spool.Done(p)", "; err != nil && false {\n			return err\n		}\n		if err := spool.Done(p)", "./agent TestLogsWait"),
+		one("what a kill left of a piece does not count", "archive/logs/logs.go", "if err := os.Remove(s.path(e.Name())); err != nil {", "if err := error(nil); err != nil {", "./archive/logs TestBadSpool"),
+		one("what a power cut took of a log is not read again", "archive/logs/collect.go", "case copied == nil && len(written) > 0 && bytes.HasPrefix(p.Head, written):", "case false && len(written) > 0:", "./archive/logs TestPowerCut"),
+		one("a piece is known together with the position behind it", "archive/logs/collect.go", "	s.state.Positions[i] = behind\n", "", "./archive/logs TestFollow"),
 		one("a copy is no file that overwrites another", escrow, "	there, rerr := keycache.ReadBackup(path)\n	if rerr != nil || there.Manifest != b.Manifest {\n		return err\n	}\n", "", "./agent TestFetchOverwritesNothing"),
 	}
 }

@@ -65,7 +65,7 @@ EOF
 		t.Errorf("verify: %s", r)
 	}
 	// What the files have is in the archive, each line once. Those of the last second before the cut nobody has.
-	files := n.Sh(`cat $(ls -rt /var/log/app/*.log*)`)
+	files := strings.ReplaceAll(n.Sh(`cat $(ls -rt /var/log/app/*.log*)`), "\x00", "") // zeros stand where the cut took what was written
 	n.Sh(`echo "the last line" >>/var/log/app/app.log`)
 	before := count()
 	n.PowerOff()
@@ -81,9 +81,11 @@ EOF
 		if strings.Contains(string(s.Stored("node-logs", name)), "\x1f\x8b\x08") {
 			t.Errorf("%s lies in the bucket in the clear", name)
 		}
-		for line := range strings.Lines(plainLog(t, s, key, name)) {
+		text := plainLog(t, s, key, name)
+		for line := range strings.Lines(text) {
 			got[line]++
 		}
+		t.Logf("%s: %d lines, from %.40q", name, strings.Count(text, "\n"), text)
 	}
 	lines := 0
 	for line := range strings.Lines(files + "the last line\n") {

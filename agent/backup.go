@@ -37,15 +37,11 @@ func (e *BackupPlaceError) Error() string {
 //
 // A failure of one volume never stops the others.
 func (n *Node) BackUpHeaders(ctx context.Context, names []string, place func(keycache.VolumeRecord, time.Time) string) (done []BackedUp, err error) {
-	w, end, err := n.beginWork(ctx)
+	w, targets, end, err := n.beginOn(ctx, names)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	targets, err := w.facts.targets(names)
-	if err != nil {
-		return nil, err
-	}
 	for _, t := range targets {
 		b := BackedUp{Volume: t.Volume, Device: t.Device.Path}
 		if b.Path, b.Err = filepath.Abs(place(t.Volume, n.now())); b.Err == nil {

@@ -86,23 +86,23 @@ func (n *Node) Escrow(ctx context.Context, names []string) ([]Escrowed, error) {
 	if err != nil {
 		return nil, err
 	}
-	todo, err := n.pendingEscrows(ctx, names)
+	copies, err := n.pendingEscrows(ctx, names)
 	if err != nil {
 		return nil, err
 	}
 	// The records are not locked while S3 is asked: a disk that is attached meanwhile must not wait for it.
-	eachOf(todo, escrowsAtOnce, func(p *pending) {
+	eachOf(copies, escrowsAtOnce, func(p *pending) {
 		if p.Sent {
 			n.step("Sending the header of %s to %s", p.Volume.Identity, v.URL(p.note.Object))
 			p.Err = send(ctx, v, p.note.Object, p.backup)
 		}
 	})
-	if err := n.confirmEscrows(ctx, todo); err != nil {
+	if err := n.confirmEscrows(ctx, copies); err != nil {
 		return nil, err
 	}
 	n.tellMetrics(ctx, n.lastRun(), false)
-	done := make([]Escrowed, len(todo))
-	for i, p := range todo {
+	done := make([]Escrowed, len(copies))
+	for i, p := range copies {
 		done[i] = p.Escrowed
 		if p.note.Object != "" {
 			done[i].URL, done[i].Time = v.URL(p.note.Object), p.note.Time
@@ -127,25 +127,21 @@ func eachOf[T any](all []T, atOnce int, do func(*T)) {
 
 // pendingEscrows finds out, with the records locked, which volumes are not safe yet, and notes what is going to be sent.
 func (n *Node) pendingEscrows(ctx context.Context, names []string) ([]pending, error) {
-	w, end, err := n.beginWork(ctx)
+	w, targets, end, err := n.beginOn(ctx, names)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	targets, err := w.facts.targets(names)
-	if err != nil {
-		return nil, err
-	}
-	var todo []pending
+	var copies []pending
 	for _, t := range targets {
 		p := pending{Escrowed: Escrowed{Volume: t.Volume, Device: t.Device.Path}}
 		p.Err = w.preparePending(t, &p)
-		todo = append(todo, p)
+		copies = append(copies, p)
 	}
 	for _, problem := range w.facts.Records.Problems {
-		todo = append(todo, pending{Escrowed: Escrowed{Err: &problem}})
+		copies = append(copies, pending{Escrowed: Escrowed{Err: &problem}})
 	}
-	return todo, nil
+	return copies, nil
 }
 
 func (w *work) preparePending(t target, p *pending) error {
@@ -212,8 +208,8 @@ func send(ctx context.Context, v vault, name string, b keycache.Backup) error {
 }
 
 // confirmEscrows notes what S3 has confirmed, unless something else was noted meanwhile.
-func (n *Node) confirmEscrows(ctx context.Context, todo []pending) error {
-	if !slices.ContainsFunc(todo, func(p pending) bool { return p.Sent }) {
+func (n *Node) confirmEscrows(ctx context.Context, copies []pending) error {
+	if !slices.ContainsFunc(copies, func(p pending) bool { return p.Sent }) {
 		return nil
 	}
 	store, release, err := n.lockRecords(ctx)
@@ -221,8 +217,8 @@ func (n *Node) confirmEscrows(ctx context.Context, todo []pending) error {
 		return err
 	}
 	defer release()
-	for i := range todo {
-		p := &todo[i]
+	for i := range copies {
+		p := &copies[i]
 		if !p.Sent {
 			continue
 		}
@@ -381,13 +377,17 @@ func (n *Node) EscrowObjects(ctx context.Context, uuids []string) ([]EscrowObjec
 
 // look asks S3 about an object.
 func (o *EscrowObject) look(ctx context.Context, v vault) {
-	full, err := v.Head(ctx, o.Name)
+	o.Object, o.Err = properties(ctx, v, o.Object)
+	o.Class, o.Identity, o.Instance = o.Metadata[metaClass], o.Metadata[metaIdentity], o.Metadata[metaInstance]
+}
+
+// properties asks S3 about an object that was listed, and tells why it does not count: it is not encrypted as it has to be, or S3 does not tell.
+func properties(ctx context.Context, v vault, listed archive.Object) (archive.Object, error) {
+	o, err := v.Head(ctx, listed.Name)
 	if err != nil {
-		o.Err = err
-		return
+		return listed, err
 	}
-	o.Object, o.Err = full, v.Check(full)
-	o.Class, o.Identity, o.Instance = full.Metadata[metaClass], full.Metadata[metaIdentity], full.Metadata[metaInstance]
+	return o, v.Check(o)
 }
 
 // escrowObject names an object of the escrow; ok is false for something else that lies there.
@@ -447,15 +447,11 @@ func (n *Node) VerifyEscrow(ctx context.Context, names []string) (verified []Ver
 	if err != nil {
 		return nil, err
 	}
-	w, end, err := n.beginWork(ctx)
+	w, targets, end, err := n.beginOn(ctx, names)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	targets, err := w.facts.targets(names)
-	if err != nil {
-		return nil, err
-	}
 	for _, t := range targets {
 		n.step("Verifying the escrow of %s", t.Volume.Identity)
 		f := VerifiedEscrow{Volume: t.Volume}

@@ -139,13 +139,6 @@ func (n *Node) VerifyLogs(ctx context.Context, allNodes bool) ([]LogObject, erro
 	for i, o := range listed {
 		found[i] = LogObject{Object: o, URL: v.URL(o.Name)}
 	}
-	eachOf(found, headsAtOnce, func(o *LogObject) {
-		full, err := v.Head(ctx, o.Name)
-		if err != nil {
-			o.Err = err
-			return
-		}
-		o.Object, o.Err = full, v.Check(full)
-	})
+	eachOf(found, headsAtOnce, func(o *LogObject) { o.Object, o.Err = properties(ctx, v, o.Object) })
 	return found, nil
 }

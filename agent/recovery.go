@@ -146,15 +146,11 @@ type opener struct {
 
 // withDataKeys gives do the named volumes of this instance with their data keys.
 func (n *Node) withDataKeys(ctx context.Context, names []string, do func([]opener) error) error {
-	w, end, err := n.beginWork(ctx)
+	w, targets, end, err := n.beginOn(ctx, names)
 	if err != nil {
 		return err
 	}
 	defer end()
-	targets, err := w.facts.targets(names)
-	if err != nil {
-		return err
-	}
 	var open []opener
 	for _, t := range targets {
 		o := opener{target: t}

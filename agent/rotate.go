@@ -32,15 +32,11 @@ type Rotated struct {
 // It may be cut at any point: at each the record names a data key that opens the volume. Run again, it goes
 // on with what the run that was cut had begun. A failure of one volume never stops the others.
 func (n *Node) Rotate(ctx context.Context, names []string) (done []Rotated, err error) {
-	w, end, err := n.beginWork(ctx)
+	w, targets, end, err := n.beginOn(ctx, names)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	targets, err := w.facts.targets(names)
-	if err != nil {
-		return nil, err
-	}
 	r := rotation{work: w}
 	done = make([]Rotated, len(targets))
 	for i, t := range targets {

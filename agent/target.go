@@ -35,6 +35,18 @@ func (n *Node) beginWork(ctx context.Context) (w *work, end func(), err error) {
 	return w, func() { n.wipeKeyring(w.keys); release() }, nil
 }
 
+// beginOn is beginWork on the volumes that the names mean, as [Facts.targets] has them.
+func (n *Node) beginOn(ctx context.Context, names []string) (w *work, targets []target, end func(), err error) {
+	if w, end, err = n.beginWork(ctx); err != nil {
+		return nil, nil, nil, err
+	}
+	if targets, err = w.facts.targets(names); err != nil {
+		end()
+		return nil, nil, nil, err
+	}
+	return w, targets, end, nil
+}
+
 func (n *Node) wipeKeyring(keys *keyring) {
 	if err := n.wipeKeys(keys.take()...); err != nil {
 		n.log.Warn("keys may be in memory until the process ends", zap.Error(err))

@@ -5,8 +5,6 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -216,8 +214,7 @@ func (s *Spool) lose(source string, bytes int64, reason string) {
 	s.state.Lost = append(s.state.Lost, Lost{Source: source, Bytes: bytes, Reason: reason, Time: s.now().UTC()})
 }
 
-// follow makes pieces of a file from its position on.
-// final says that nobody writes to it any more.
+// follow makes pieces of a file from its position on. final says that nobody writes to it any more.
 func (s *Spool) follow(ctx context.Context, i int, f *found, final bool, c *Collected) error {
 	same, err := s.state.Positions[i].knows(f)
 	if err != nil {
@@ -353,7 +350,6 @@ func (s *Spool) room() error {
 
 // add makes a piece known, together with the position behind it.
 func (s *Spool) add(ctx context.Context, made Piece, i int, behind position, c *Collected) error {
-	s.reached("a piece is written")
 	before := s.state.Positions[i]
 	s.state.Positions[i] = behind
 	s.state.Pieces = append(s.state.Pieces, made)
@@ -363,7 +359,6 @@ func (s *Spool) add(ctx context.Context, made Piece, i int, behind position, c *
 		_ = os.Remove(s.path(made.File))
 		return err
 	}
-	s.reached("a piece is known")
 	c.Pieces++
 	c.Lines += made.Lines
 	c.Bytes += made.Bytes
@@ -380,7 +375,7 @@ func (s *Spool) add(ctx context.Context, made Piece, i int, behind position, c *
 // compress writes whole lines of r into a file of the spool, up to the size of a piece. Where nothing is there it leaves no file. each, if not nil,
 // sees every line. end says that there is nothing more: who writes on is not waited for.
 func (s *Spool) compress(ctx context.Context, name string, r io.Reader, final bool, each func(line []byte) error) (made Piece, end bool, err error) {
-	made = Piece{Name: name, File: fmt.Sprintf("%012d.gz", s.state.Next), Time: s.now().UTC()}
+	made = Piece{Name: name, File: fmt.Sprintf("%012d.gz", s.state.Next)}
 	path := s.path(made.File)
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_CLOEXEC, 0o600)
 	if err != nil {
@@ -392,8 +387,7 @@ func (s *Spool) compress(ctx context.Context, name string, r io.Reader, final bo
 			_ = os.Remove(path)
 		}
 	}()
-	sum := sha256.New()
-	counted := &counter{w: io.MultiWriter(f, sum)}
+	counted := &counter{w: f}
 	zip := gzip.NewWriter(counted)
 	lines := bufio.NewReaderSize(r, 64<<10)
 	longest := s.options.PieceSize * longestLine
@@ -426,7 +420,7 @@ func (s *Spool) compress(ctx context.Context, name string, r io.Reader, final bo
 	if err := errors.Join(zip.Close(), f.Sync()); err != nil {
 		return made, false, err
 	}
-	made.Size, made.SHA256 = counted.n, hex.EncodeToString(sum.Sum(nil))
+	made.Size = counted.n
 	s.state.Next++
 	return made, end, syncDir(filepath.Dir(path))
 }

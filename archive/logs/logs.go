@@ -56,13 +56,11 @@ const (
 // Piece is a part of a source that waits in the spool.
 type Piece struct {
 	// Name says where it is from and where it belongs: SOURCE/POSITION.gz. No two pieces ever have the same.
-	Name   string    `json:"name"`
-	File   string    `json:"file"` // in the spool
-	Size   int64     `json:"size"` // of File, bytes
-	Lines  int       `json:"lines"`
-	Bytes  int64     `json:"bytes"` // before compression
-	SHA256 string    `json:"sha256"`
-	Time   time.Time `json:"time"` // when it was made; UTC
+	Name  string `json:"name"`
+	File  string `json:"file"` // in the spool
+	Size  int64  `json:"size"` // of File, bytes
+	Lines int    `json:"lines"`
+	Bytes int64  `json:"bytes"` // before compression
 }
 
 // position is how far a source was read.
@@ -108,8 +106,6 @@ type Spool struct {
 	state   state
 	lock    *os.File
 	now     func() time.Time
-	// reached is told of each point at which a kill may leave something; only tests listen.
-	reached func(string)
 }
 
 // ErrLocked says that another process uses the directory.
@@ -129,7 +125,7 @@ func Open(o Options) (*Spool, error) {
 	if o.Journal == nil {
 		o.Journal = journalctl
 	}
-	s := &Spool{options: o, now: time.Now, reached: func(string) {}, state: state{Version: stateVersion, Next: 1}}
+	s := &Spool{options: o, now: time.Now, state: state{Version: stateVersion, Next: 1}}
 	if err := os.MkdirAll(filepath.Join(o.Dir, spoolDir), 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the spool: %w", err)
 	}
@@ -262,7 +258,6 @@ func (s *Spool) Done(p Piece) error {
 	if err := s.save(); err != nil {
 		return err
 	}
-	s.reached("a piece is done")
 	if err := os.Remove(s.path(p.File)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

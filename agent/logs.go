@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -39,8 +41,13 @@ func (n *Node) ArchiveLogs(ctx context.Context) (done LogsArchived, err error) {
 		return done, err
 	}
 	defer func() {
-		done.Waiting = spool.Waiting()
-		err = errors.Join(err, spool.Close())
+		if err == nil {
+			err = spool.Succeeded()
+		}
+		sum := spool.Summary()
+		spool.Close()
+		done.Waiting = sum.Waiting
+		n.tellLogMetrics(sum, err == nil)
 	}()
 	var errs []error
 	var prefix string
@@ -72,6 +79,32 @@ func (n *Node) ArchiveLogs(ctx context.Context) (done LogsArchived, err error) {
 		n.log.Warn("log lines are lost", zap.String("source", lost.Source), zap.Int64("bytes", lost.Bytes), zap.String("reason", lost.Reason))
 	}
 	return done, errors.Join(append(errs, err, ctx.Err())...)
+}
+
+// LogsStatus is how the archive of logs is doing, as the status has it.
+type LogsStatus struct {
+	Waiting     int64      `json:"waiting"`                // bytes that wait in the spool
+	LastSuccess *time.Time `json:"last_success,omitempty"` // when last all there was had been sent
+	Losses      int        `json:"losses,omitempty"`       // how many times a source lost something, since the spool was made
+}
+
+// logsStatus is nil where nothing was ever sent.
+func (n *Node) logsStatus() (*LogsStatus, error) {
+	if n.cfg.Logs.Bucket == "" {
+		return nil, nil
+	}
+	sum, err := logs.ReadSummary(n.cfg.Logs.Spool)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	s := &LogsStatus{Waiting: sum.Waiting, Losses: sum.Losses}
+	if !sum.Success.IsZero() {
+		s.LastSuccess = &sum.Success
+	}
+	return s, nil
 }
 
 // logPrefix is what the names of this node's logs begin with, as Amazon EMR has them: CLUSTER/node/INSTANCE-ID/.

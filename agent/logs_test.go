@@ -9,11 +9,15 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/luks-kms-agent/luks-kms-agent/archive"
+	"github.com/luks-kms-agent/luks-kms-agent/archive/logs"
 	"github.com/luks-kms-agent/luks-kms-agent/archive/s3test"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
 )
@@ -82,7 +86,7 @@ func TestArchiveLogs(t *testing.T) {
 		t.Fatalf("%+v, %v", done, err)
 	}
 	name := s.Keys(logBucket)[0]
-	if want := "logs/c-1/node/" + kmstest.InstanceID + "/files" + dir + "/a.log/000001-00000000000000000000.gz"; name != want {
+	if want := "logs/c-1/node/" + kmstest.InstanceID + "/files" + dir + `/a\.log/\d{8}T\d{6}Z-[0-9a-f]{8}-000001-00000000000000000000\.gz`; !regexp.MustCompile("^" + want + "$").MatchString(name) {
 		t.Errorf("the object is %s, want %s", name, want)
 	}
 	if done, err = m.node().ArchiveLogs(t.Context()); err != nil || done.Pieces != 0 {
@@ -224,6 +228,104 @@ func TestLogsConfiguration(t *testing.T) {
 	}) {
 		if _, err := parseConfig("c", []byte(text)); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q: %v, want %q", text, err, says)
+		}
+	}
+}
+
+// TestLogsStatus: status and metrics tell how the archive is doing, and an image gets none of the node's spool.
+func TestLogsStatus(t *testing.T) {
+	m, s, dir := withLogs(t)
+	m.impatient()
+	look := func() *LogsStatus {
+		t.Helper()
+		status, err := m.node().Status(t.Context())
+		if err != nil || len(status.Problems) > 0 {
+			t.Fatalf("%v, %v", status.Problems, err)
+		}
+		return status.Logs
+	}
+	m.runOK()
+	if l := look(); l != nil {
+		t.Errorf("before the first: %+v", l)
+	}
+	appendTo(t, filepath.Join(dir, "a.log"), "1\n2\n")
+	s.Fail(s3test.Fault{Status: 503, Code: "SlowDown"})
+	if _, err := m.node().ArchiveLogs(t.Context()); err == nil {
+		t.Fatal("S3 was away, and nothing said so")
+	}
+	l := look()
+	if l == nil || l.LastSuccess != nil || l.Waiting == 0 {
+		t.Errorf("S3 is away: %+v", l)
+	}
+	wantMetrics(t, m, "logs_last_run_success 0", "logs_last_success_timestamp_seconds 0", fmt.Sprintf("logs_waiting_bytes %d", l.Waiting), "logs_losses 0")
+	// Somebody seals an image while logs are archived, and after.
+	release, err := logs.Lock(m.cfg.Logs.Spool)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if seal, err := m.seal(SealOptions{Discard: true}); err != nil || len(seal.Refused) != 1 || !errors.Is(seal.Refused[0], logs.ErrLocked) {
+		t.Errorf("sealed while logs were archived: %v, %v", seal.Refused, err)
+	}
+	release()
+	s.Heal()
+	appendTo(t, filepath.Join(dir, "b.log"), "1\n")
+	if _, err := m.node().ArchiveLogs(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, "b.log")); err != nil {
+		t.Fatal(err)
+	}
+	if done, err := m.node().ArchiveLogs(t.Context()); err != nil || len(done.Lost) != 1 {
+		t.Fatalf("%+v, %v", done, err)
+	}
+	if l = look(); l == nil || l.Waiting != 0 || l.Losses != 1 || l.LastSuccess == nil || time.Since(*l.LastSuccess) > time.Minute {
+		t.Errorf("all is sent, and one is lost: %+v", l)
+	}
+	wantMetrics(t, m, "logs_last_run_success 1", "logs_last_success_timestamp_seconds "+strconv.FormatFloat(unixTime(*l.LastSuccess), 'f', -1, 64), "logs_waiting_bytes 0", "logs_losses 1")
+
+	before := s.Keys(logBucket)
+	appendTo(t, filepath.Join(dir, "a.log"), "3\n")
+	s.Fail(s3test.Fault{Status: 503, Code: "SlowDown"})
+	if _, err := m.node().ArchiveLogs(t.Context()); err == nil {
+		t.Fatal("S3 was away, and nothing said so")
+	}
+	s.Heal()
+	if _, err := m.node().Lock(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if seal, err := m.seal(SealOptions{Discard: true}); err != nil || len(seal.Refused) > 0 {
+		t.Fatalf("%v, %v", seal.Refused, err)
+	}
+	if left := below(t, m.cfg.Logs.Spool); len(left) > 0 {
+		t.Errorf("in the image: %v", left)
+	}
+	// A spool that begins anew, under the same instance id: all of it is sent, under names that nobody has.
+	if _, err := m.node().ArchiveLogs(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if after := s.Keys(logBucket); len(after) != len(before)+1 {
+		t.Errorf("%q, before %q", after, before)
+	}
+	// What cannot be read is told, and nobody sends what is not known.
+	if err := os.WriteFile(filepath.Join(m.cfg.Logs.Spool, "positions.json"), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	status, err := m.node().Status(t.Context())
+	if err != nil || len(status.Problems) != 1 || !strings.Contains(status.Problems[0], "positions.json: unexpected end of JSON input") {
+		t.Errorf("%v, %v", status.Problems, err)
+	}
+}
+
+// wantMetrics wants lines of the file of metrics of the log archive.
+func wantMetrics(t *testing.T, m *machine, lines ...string) {
+	t.Helper()
+	text, err := os.ReadFile(m.node().beside(DefaultLogMetricsPath))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range lines {
+		if !strings.Contains(string(text), "\nluks_kms_agent_"+l+"\n") {
+			t.Errorf("the metrics do not have %q:\n%s", l, text)
 		}
 	}
 }

@@ -11,12 +11,17 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/luks-kms-agent/luks-kms-agent/archive/logs"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 )
 
 // DefaultMetricsPath is where monitoring reads how the last run went and how the
 // volumes are after the last command. Anybody may read it.
 const DefaultMetricsPath = "/run/luks-kms-agent/metrics.prom"
+
+// DefaultLogMetricsPath is where monitoring reads how the archive of logs is doing: a file of its own, because what sends logs
+// runs beside the other commands.
+const DefaultLogMetricsPath = "/run/luks-kms-agent/logs.prom"
 
 // metricsLimit is how long the metrics may take: no command fails or hangs for them.
 const metricsLimit = 5 * time.Second
@@ -199,6 +204,29 @@ func (n *Node) tellMetrics(ctx context.Context, s Status, justRan bool) {
 	path := n.beside(DefaultMetricsPath)
 	// Monitoring runs as a user of its own. There is no secret in it.
 	if err := replaceFile(path, text(metrics(n.program.Version, s, keys, err == nil)), 0o644); err != nil {
+		n.log.Warn("cannot write the metrics", zap.Error(err))
+	}
+}
+
+// logMetrics tell how the archive of logs is doing.
+func logMetrics(sum logs.Summary, ok bool) []metric {
+	success, last := 0.0, 0.0
+	if ok {
+		success = 1
+	}
+	if !sum.Success.IsZero() {
+		last = unixTime(sum.Success)
+	}
+	return []metric{
+		single("logs_last_run_success", "Whether the last `logs archive` sent all there was.", success),
+		single("logs_last_success_timestamp_seconds", "When it last did; 0: never.", last),
+		single("logs_waiting_bytes", "Pieces of logs that wait in the spool, compressed.", float64(sum.Waiting)),
+		single("logs_losses", "How many times lines went with their file before they were read, since the spool was made.", float64(sum.Losses)),
+	}
+}
+
+func (n *Node) tellLogMetrics(sum logs.Summary, ok bool) {
+	if err := replaceFile(n.beside(DefaultLogMetricsPath), text(logMetrics(sum, ok)), 0o644); err != nil {
 		n.log.Warn("cannot write the metrics", zap.Error(err))
 	}
 }

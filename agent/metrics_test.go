@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/common/model"
 	"go.yaml.in/yaml/v3"
 
+	"github.com/luks-kms-agent/luks-kms-agent/archive/logs"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
@@ -186,7 +187,9 @@ func TestMetricStates(t *testing.T) {
 // TestMetricsDocument holds the table in docs/metrics.md, and the names in the alert rules, against what is written.
 func TestMetricsDocument(t *testing.T) {
 	created := map[string]keycache.KeyRecord{"k": {Created: time.Now()}}
-	all := metrics("v1", Status{Result: "ok", Volumes: []VolumeStatus{{Identity: "vol-1", KeyID: "k", State: "mounted", Action: "unlock", EscrowPending: true}}}, created, true)
+	all := slices.Concat(
+		metrics("v1", Status{Result: "ok", Volumes: []VolumeStatus{{Identity: "vol-1", KeyID: "k", State: "mounted", Action: "unlock", EscrowPending: true}}}, created, true),
+		logMetrics(logs.Summary{}, true))
 	want := map[string][]string{}
 	for _, m := range all {
 		want["luks_kms_agent_"+m.name] = m.labels

@@ -77,7 +77,7 @@ func newMachine(t *testing.T) *machine {
 	m.cfg = defaultConfig("config.yaml")
 	m.cfg.KMSKey, m.cfg.KMSEndpoint, m.cfg.IMDSEndpoint = m.kms.ARN(), m.kms.URL(), m.imds.URL()
 	m.cfg.Filesystem, m.cfg.StateDir = "ext4", filepath.Join(m.dir, "state")
-	m.cfg.AuditLog = filepath.Join(m.dir, "log", "audit.jsonl")
+	m.cfg.AuditLog, m.cfg.Logs.Spool = filepath.Join(m.dir, "log", "audit.jsonl"), filepath.Join(m.dir, "spool")
 	m.cfg.RetryLimit, m.cfg.CallTimeout, m.cfg.DeviceWait = 20*time.Second, 20*time.Second, 0
 	if err := os.Mkdir(filepath.Join(m.dir, "mapper"), 0o700); err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/luks-kms-agent/luks-kms-agent/archive/logs"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 )
 
@@ -94,6 +95,14 @@ func (n *Node) SealImage(ctx context.Context, opts SealOptions, confirm func(Sea
 	facts.Devices = n.inspect(ctx, scan.Devices)
 
 	s := Seal{Refused: facts.unsealable(n.maps.IsOpen)}
+	if _, err := os.Stat(n.cfg.Logs.Spool); err == nil {
+		release, err := logs.Lock(n.cfg.Logs.Spool)
+		if err != nil {
+			s.Refused = append(s.Refused, err)
+		} else {
+			defer release()
+		}
+	}
 	s.sort(facts, n.cfg.StateDir)
 	if err := s.addLeftovers(store, n.cfg.StateDir); err != nil {
 		return s, err
@@ -307,7 +316,14 @@ func (s *Seal) addTraces(n *Node) error {
 			s.Acts = append(s.Acts, SealAct{Verb: SealClear, Path: filepath.Join(dir, e.Name()), Why: "audit log"})
 		}
 	}
-	for _, file := range []string{DefaultStatusPath, DefaultTimelinePath, DefaultMetricsPath} {
+	pieces, err := logs.Files(n.cfg.Logs.Spool)
+	if err != nil {
+		return err
+	}
+	for _, path := range pieces {
+		s.Acts = append(s.Acts, SealAct{Verb: SealClear, Path: path, Why: "of the archive of logs"})
+	}
+	for _, file := range []string{DefaultStatusPath, DefaultTimelinePath, DefaultMetricsPath, DefaultLogMetricsPath} {
 		if _, err := os.Lstat(n.beside(file)); err == nil {
 			s.Acts = append(s.Acts, SealAct{Verb: SealClear, Path: n.beside(file), Why: "how the last run went"})
 		}

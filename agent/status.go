@@ -75,6 +75,8 @@ type Status struct {
 	Problems    []string `json:"problems,omitempty"`    // that are not of one volume
 	Quarantined int      `json:"quarantined,omitempty"` // volume records in quarantine
 	KMSKey      string   `json:"kms_key,omitempty"`     // as it is configured
+	// Logs is how the archive of logs is doing; nil where none is configured, or nothing was ever sent.
+	Logs *LogsStatus `json:"logs,omitempty"`
 }
 
 // CallsStatus counts what was asked of AWS.
@@ -308,6 +310,9 @@ func (n *Node) currentStatus(ctx context.Context, s Status, justRan bool) (Statu
 		s.Problems = append(s.Problems, fmt.Sprintf("%s is named in the configuration, but %s", m.Name, m.Reason))
 	}
 	s.KMSKey, s.Quarantined = n.cfg.KMSKey, store.Quarantined()
+	if s.Logs, err = n.logsStatus(); err != nil {
+		s.Problems = append(s.Problems, err.Error())
+	}
 
 	facts := Facts{Config: n.cfg, InstanceID: s.InstanceID, Records: records, Gone: scan.Gone, Devices: n.headers(scan.Devices, records)}
 	for _, id := range sortedKeys(records.Volumes) {

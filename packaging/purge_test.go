@@ -19,7 +19,7 @@ func newPurging(t *testing.T) purging {
 	t.Helper()
 	dir := t.TempDir()
 	script := read(t, "scripts/postremove-deb.sh")
-	for _, folder := range []string{"/var/lib/luks-kms-agent", "/var/log/luks-kms-agent", "/etc/systemd/system", "/run/systemd/system"} {
+	for _, folder := range []string{"/var/lib/luks-kms-agent", "/var/log/luks-kms-agent", "/var/spool/luks-kms-agent", "/etc/systemd/system", "/run/systemd/system"} {
 		if !strings.Contains(script, folder) {
 			t.Errorf("the script does not know %s", folder)
 		}
@@ -77,6 +77,8 @@ func TestPurgeKeepsRecords(t *testing.T) {
 	p := newPurging(t)
 	p.write(record, "key 1")
 	p.write("var/log/luks-kms-agent/audit.jsonl", "{}")
+	p.write("var/spool/luks-kms-agent/positions.json", "{}")
+	p.write("var/spool/luks-kms-agent/spool/000000000001.gz", "lines")
 	link := filepath.Join(p.dir, "etc/systemd/system/multi-user.target.wants/luks-kms-agent.service")
 	p.write("etc/systemd/system/multi-user.target.wants/other.service", "")
 	if err := errors.Join(os.Symlink("/nowhere/luks-kms-agent.service", link), os.Symlink("multi-user.target.wants/other.service",
@@ -95,12 +97,14 @@ func TestPurgeKeepsRecords(t *testing.T) {
 
 	const purged = "luks-kms-agent.purged-20261126T014240Z"
 	if said, want := p.run("purge"), "luks-kms-agent: the key records are not deleted, they are now in /var/lib/"+purged+
-		"\nluks-kms-agent: the logs are not deleted, they are now in /var/log/"+purged+"\n"; said != want {
+		"\nluks-kms-agent: the logs are not deleted, they are now in /var/log/"+purged+
+		"\nluks-kms-agent: the logs that were not sent are not deleted, they are now in /var/spool/"+purged+"\n"; said != want {
 		t.Errorf("the purge said\n%s\nwant\n%s", said, want)
 	}
 	p.want("var/lib/"+purged+"/keys/1.json", "key 1")
 	p.want("var/log/"+purged+"/audit.jsonl", "{}")
-	p.wantGone("var/lib/luks-kms-agent", "var/log/luks-kms-agent", "etc/systemd/system/multi-user.target.wants/luks-kms-agent.service")
+	p.want("var/spool/"+purged+"/spool/000000000001.gz", "lines")
+	p.wantGone("var/lib/luks-kms-agent", "var/log/luks-kms-agent", "var/spool/luks-kms-agent", "etc/systemd/system/multi-user.target.wants/luks-kms-agent.service")
 	p.want("etc/systemd/system/multi-user.target.wants/other.service", "")
 	p.want("etc/systemd/system/luks-kms-agent-other.service", "") // somebody's link that leads somewhere
 	if info, err := os.Stat(filepath.Join(p.dir, "var/lib", purged)); err != nil || info.Mode().Perm() != 0o700 {
@@ -123,13 +127,16 @@ func TestPurgeOfNothing(t *testing.T) {
 		t.Errorf("without folders: %s", said)
 	}
 	p.write("var/lib/luks-kms-agent/lock", "1234\n")
-	if err := errors.Join(os.MkdirAll(p.dir+"/var/lib/luks-kms-agent/keys", 0o700), os.MkdirAll(p.dir+"/var/log/luks-kms-agent", 0o700)); err != nil {
+	p.write("var/spool/luks-kms-agent/lock", "")
+	p.write("var/spool/luks-kms-agent/positions.json", "{}") // all that was read is sent
+	if err := errors.Join(os.MkdirAll(p.dir+"/var/lib/luks-kms-agent/keys", 0o700), os.MkdirAll(p.dir+"/var/log/luks-kms-agent", 0o700),
+		os.MkdirAll(p.dir+"/var/spool/luks-kms-agent/spool", 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	if said := p.run("purge"); said != "" {
 		t.Errorf("with empty folders: %s", said)
 	}
-	p.wantGone("var/lib/luks-kms-agent", "var/log/luks-kms-agent")
+	p.wantGone("var/lib/luks-kms-agent", "var/log/luks-kms-agent", "var/spool/luks-kms-agent")
 }
 
 // What cannot be renamed stays, and the purge goes on; so does what a link leads to.

@@ -211,6 +211,7 @@ func (s *Spool) gone(i int) {
 }
 
 func (s *Spool) lose(source string, bytes int64, reason string) {
+	s.state.Losses++
 	s.state.Lost = append(s.state.Lost, Lost{Source: source, Bytes: bytes, Reason: reason, Time: s.now().UTC()})
 }
 
@@ -318,7 +319,7 @@ func (s *Spool) piece(ctx context.Context, i int, f *found, final bool, c *Colle
 	if err := s.room(); err != nil {
 		return false, err
 	}
-	name := fmt.Sprintf("%s/%06d-%020d.gz", sourceName("files", p.Path), p.Generation, p.Offset)
+	name := fmt.Sprintf("%s/%s-%06d-%020d.gz", sourceName("files", p.Path), s.state.Spool, p.Generation, p.Offset)
 	rest := io.NewSectionReader(f.file, p.Offset, max(0, f.stat.Size-p.Offset)) // what there was when it was opened
 	made, end, err := s.compress(ctx, name, rest, final, nil)
 	if err != nil {
@@ -490,7 +491,7 @@ func (s *Spool) journalPiece(ctx context.Context, i int, c *Collected) (more boo
 	if err != nil {
 		return false, fmt.Errorf("cannot read the journal of %s: %w", p.Unit, err)
 	}
-	made, end, err := s.compress(ctx, fmt.Sprintf("%s/%012d.gz", sourceName("journal", p.Unit), p.Number+1), journal, false, func(line []byte) error {
+	made, end, err := s.compress(ctx, fmt.Sprintf("%s/%s-%012d.gz", sourceName("journal", p.Unit), s.state.Spool, p.Number+1), journal, false, func(line []byte) error {
 		var entry struct {
 			Cursor string `json:"__CURSOR"`
 		}

@@ -5,6 +5,7 @@ package logs
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -55,7 +56,8 @@ const (
 
 // Piece is a part of a source that waits in the spool.
 type Piece struct {
-	// Name says where it is from and where it belongs: SOURCE/POSITION.gz. No two pieces ever have the same.
+	// Name says where it is from and where it belongs: SOURCE/SPOOL-POSITION.gz. No two pieces ever have the same, not even of two spools that the
+	// same node had one after the other.
 	Name  string `json:"name"`
 	File  string `json:"file"` // in the spool
 	Size  int64  `json:"size"` // of File, bytes
@@ -91,20 +93,40 @@ type Lost struct {
 
 // state is the file of positions.
 type state struct {
-	Version   int        `json:"version"`
+	Version int `json:"version"`
+	// Spool is when the spool was made, and a random part: names of pieces have it, and sort by it.
+	Spool     string     `json:"spool"`
 	Positions []position `json:"positions"`
 	Pieces    []Piece    `json:"pieces"` // the oldest first
 	Lost      []Lost     `json:"lost,omitempty"`
 	// Generations counts the files that were at each path: names of pieces have it.
 	Generations map[string]int `json:"generations,omitempty"`
 	Next        int            `json:"next"` // number of the next file in the spool
+
+	Success time.Time `json:"success,omitzero"` // Summary.Success
+	Losses  int       `json:"losses,omitempty"` // Summary.Losses
+}
+
+// Summary is how the archive is doing.
+type Summary struct {
+	Waiting int64     // bytes of pieces that wait
+	Success time.Time // when last all there was had been brought away; zero: never
+	Losses  int       // how many times a source lost something, since the spool was made
+}
+
+func (s state) summary() Summary {
+	sum := Summary{Success: s.Success, Losses: s.Losses}
+	for _, p := range s.Pieces {
+		sum.Waiting += p.Size
+	}
+	return sum
 }
 
 // Spool is a directory with positions and pieces. It is for one goroutine.
 type Spool struct {
 	options Options
 	state   state
-	lock    *os.File
+	release func()
 	now     func() time.Time
 }
 
@@ -125,41 +147,100 @@ func Open(o Options) (*Spool, error) {
 	if o.Journal == nil {
 		o.Journal = journalctl
 	}
-	s := &Spool{options: o, now: time.Now, state: state{Version: stateVersion, Next: 1}}
 	if err := os.MkdirAll(filepath.Join(o.Dir, spoolDir), 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the spool: %w", err)
 	}
-	var err error
-	if s.lock, err = os.OpenFile(filepath.Join(o.Dir, lockFile), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600); err != nil {
-		return nil, fmt.Errorf("cannot lock the spool: %w", err)
+	release, err := Lock(o.Dir)
+	if err != nil {
+		return nil, err
 	}
-	if err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		s.lock.Close()
-		return nil, fmt.Errorf("cannot lock the spool %s: %w", o.Dir, ErrLocked)
-	}
+	s := &Spool{options: o, now: time.Now, release: release}
 	if err := s.load(); err != nil {
-		s.lock.Close()
+		release()
 		return nil, err
 	}
 	return s, nil
 }
 
-// Close lets others use the directory.
-func (s *Spool) Close() error { return s.lock.Close() }
-
-func (s *Spool) load() error {
-	path := filepath.Join(s.options.Dir, stateFile)
-	text, err := os.ReadFile(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return fmt.Errorf("cannot read positions: %w", err)
-	default:
-		dec := json.NewDecoder(bytes.NewReader(text))
-		dec.DisallowUnknownFields()
-		if err := dec.Decode(&s.state); err != nil || s.state.Version != stateVersion {
-			return fmt.Errorf("cannot read positions %s: version %d, %w", path, s.state.Version, cmpErr(err))
+// Lock keeps others from using a directory that is there.
+func Lock(dir string) (release func(), err error) {
+	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("cannot lock the spool: %w", err)
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = ErrLocked
 		}
+		return nil, fmt.Errorf("cannot lock the spool %s: %w", dir, err)
+	}
+	return func() {
+		// Not by closing it alone: a child that was forked and has not yet called exec holds it for a while longer.
+		_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)
+		f.Close()
+	}, nil
+}
+
+// Close lets others use the directory.
+func (s *Spool) Close() { s.release() }
+
+// read reads the state of the spool in a directory; the error is fs.ErrNotExist where there is none yet.
+func read(dir string) (st state, err error) {
+	path := filepath.Join(dir, stateFile)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return st, fmt.Errorf("cannot read positions: %w", err)
+	}
+	var known struct{ Version int }
+	if err := json.Unmarshal(text, &known); err != nil {
+		return st, fmt.Errorf("cannot read positions %s: %w", path, err)
+	}
+	if known.Version != stateVersion {
+		return st, fmt.Errorf("cannot read positions %s: this program does not know version %d", path, known.Version)
+	}
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&st); err != nil {
+		return st, fmt.Errorf("cannot read positions %s: %w", path, err)
+	}
+	return st, nil
+}
+
+// ReadSummary reads the summary of the spool in a directory; another process may use it meanwhile. The error is fs.ErrNotExist where there is none yet.
+func ReadSummary(dir string) (Summary, error) {
+	st, err := read(dir)
+	return st.summary(), err
+}
+
+// Files are all files of the spool in a directory, but the lock: first the pieces that wait.
+func Files(dir string) (files []string, err error) {
+	for _, d := range []string{filepath.Join(dir, spoolDir), dir} {
+		entries, err := os.ReadDir(d)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("cannot read the spool: %w", err)
+		}
+		for _, e := range entries {
+			if !e.IsDir() && e.Name() != lockFile {
+				files = append(files, filepath.Join(d, e.Name()))
+			}
+		}
+	}
+	return files, nil
+}
+
+func (s *Spool) load() (err error) {
+	s.state, err = read(s.options.Dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		var part [4]byte
+		_, _ = rand.Read(part[:]) // it never fails
+		s.state = state{Version: stateVersion, Spool: fmt.Sprintf("%s-%x", s.now().UTC().Format("20060102T150405Z"), part), Next: 1}
+	} else if err != nil {
+		return err
 	}
 	entries, err := os.ReadDir(filepath.Join(s.options.Dir, spoolDir))
 	if err != nil {
@@ -173,13 +254,6 @@ func (s *Spool) load() error {
 		}
 	}
 	return nil
-}
-
-func cmpErr(err error) error {
-	if err == nil {
-		return errors.New("which this version does not know")
-	}
-	return err
 }
 
 func (s *Spool) path(file string) string { return filepath.Join(s.options.Dir, spoolDir, file) }
@@ -238,11 +312,15 @@ func (s *Spool) TellLost() ([]Lost, error) {
 }
 
 // Waiting is how many bytes of pieces wait.
-func (s *Spool) Waiting() (n int64) {
-	for _, p := range s.state.Pieces {
-		n += p.Size
-	}
-	return n
+func (s *Spool) Waiting() int64 { return s.state.summary().Waiting }
+
+// Summary is how the archive is doing.
+func (s *Spool) Summary() Summary { return s.state.summary() }
+
+// Succeeded notes that all there was has been brought away.
+func (s *Spool) Succeeded() error {
+	s.state.Success = s.now().UTC()
+	return s.save()
 }
 
 // OpenPiece opens a piece.

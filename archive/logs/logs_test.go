@@ -290,7 +290,7 @@ func TestBadSpool(t *testing.T) {
 	}
 	s.Close()
 	d.must(os.WriteFile(filepath.Join(d.o.Dir, stateFile), []byte(`{"version":2}`), 0o600))
-	if _, err := Open(d.o); err == nil || !strings.Contains(err.Error(), "version 2") {
+	if _, err := Open(d.o); err == nil || !strings.Contains(err.Error(), "does not know version 2") {
 		t.Errorf("%v", err)
 	}
 }

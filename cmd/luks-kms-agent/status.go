@@ -151,6 +151,9 @@ func (s screen) status(status agent.Status, now time.Time) string {
 	if n := status.Quarantined; n > 0 {
 		say(counted(n, "volume record of another instance is", "volume records of other instances are") + " in quarantine.")
 	}
+	if l := status.Logs; l != nil {
+		say(s.fill("Logs: ", punctuate(logsDetails(*l, now), ",")))
+	}
 	if len(volumes) > 0 {
 		common := commonDetails(volumes, now)
 		if common != nil {
@@ -169,6 +172,20 @@ func (s screen) status(status agent.Status, now time.Time) string {
 		say(fmt.Sprintf("\n%s left alone; `luks-kms-agent plan` says why.", counted(left, "disk is", "disks are")))
 	}
 	return b.String()
+}
+
+func logsDetails(l agent.LogsStatus, now time.Time) []string {
+	d := []string{"never all sent"}
+	if l.LastSuccess != nil {
+		d = []string{"all sent " + age(now.Sub(*l.LastSuccess)) + " ago"}
+	}
+	if l.Waiting > 0 {
+		d = append(d, size(l.Waiting)+" waiting")
+	}
+	if l.Losses > 0 {
+		d = append(d, "something lost "+counted(l.Losses, "time", "times"))
+	}
+	return d
 }
 
 // shown are the volumes that a person wants to see, by mount point, and how many disks were left alone.

@@ -1,9 +1,10 @@
 #!/bin/sh
 # After a remove: records, logs, configuration, open volumes and the links of `systemctl enable` stay. After a purge: the configuration and the
-# links are gone, and records and logs are under another name. No key record is ever deleted: it may be what is left of a volume's key.
+# links are gone, and records, logs and what waits to be sent of other logs are under another name. No key record is ever deleted: it may be what is left of a volume's key.
 set -e
 state=/var/lib/luks-kms-agent
 logs=/var/log/luks-kms-agent
+spool=/var/spool/luks-kms-agent
 
 # keep DIR WHEN WHAT: DIR gets a name that says when it was purged, if there is anything in it but the agent's lock.
 keep() {
@@ -33,6 +34,11 @@ purge)
     now=$(date -u +%Y%m%dT%H%M%SZ)
     keep "$state" "$now" "key records"
     keep "$logs" "$now" "logs"
+    # Where nothing waits, nobody needs to know how far was read.
+    if [ ! -h "$spool" ] && [ -z "$(find "$spool/spool" -type f -print -quit 2>/dev/null)" ]; then
+        rm -f "$spool/positions.json" "$spool/positions.json.tmp"
+    fi
+    keep "$spool" "$now" "logs that were not sent"
     # Only links of ours that lead nowhere.
     find /etc/systemd/system -name 'luks-kms-agent*' -type l ! -exec test -e {} ';' -delete 2>/dev/null || true
     ;;

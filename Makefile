@@ -54,10 +54,21 @@ lint: ## gofmt, go vet, staticcheck, depguard (who may import whom), shellcheck
 	@find . -name '*.sh' -not -path './.git/*' -print0 | xargs -0 shellcheck .ci/run
 	@echo "lint: OK"
 
+# S3 servers for the tests, never linked or shipped (MinIO is under the AGPL). $(call s3server,PROGRAM,MODULE@VERSION): builds it, once.
+VERSITYGW := github.com/versity/versitygw/cmd/versitygw@v1.8.0
+MINIO     := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c
+define s3server
+to=$(CACHE)/tools/s3; mkdir -p $$to; \
+[ "$$(cat $$to/$(1).version 2>/dev/null)" = $(2) ] || { GOBIN=$$to $(GO) install $(2) && echo $(2) >$$to/$(1).version; }
+endef
+
 test-unit: ## unit tests: no root, no VM, no AWS
 	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd logrotate groff-base mandoc bash-completion zsh fish dpkg rpm $(PACKER))
 	@ls -d $(CACHE)/boot-units-* >/dev/null 2>&1 || $(SUDO) apt-get -qq -o DPkg::Lock::Timeout=300 update
-	@{ rc=0; $(GO) test -json -count=1 -timeout 10m $(if $(PACKER),-tags $(PACKER)) ./... $(TALLY) || rc=1; $(GO) test -C test/tools -json -count=1 -timeout 5m ./... || rc=1; exit $$rc; } \
+	@$(call s3server,versitygw,$(VERSITYGW))
+	@{ rc=0; $(GO) test -json -count=1 -timeout 10m $(if $(PACKER),-tags $(PACKER)) ./... $(TALLY) || rc=1; \
+	  $(GO) test -json -count=1 -timeout 5m -tags s3real -run '^TestVersityGateway$$' ./archive -versitygw $(CACHE)/tools/s3/versitygw || rc=1; \
+	  $(GO) test -C test/tools -json -count=1 -timeout 5m ./... || rc=1; exit $$rc; } \
 	  | $(GO) run $(TALLY) $(if $(COUNTS),-to $(COUNTS))
 
 test-vm: ## the stories, in QEMU with EC2's disks, IMDS and a KMS (VM_ACCEL=kvm: with hardware virtualisation)
@@ -73,14 +84,9 @@ test: ## lint, unit tests and VM stories; the last line counts the tests
 	$(GO) run $(TALLY) "$$counts"/* || rc=1; \
 	exit $$rc
 
-# Programs for the tests, never linked or shipped (MinIO is under the AGPL). Pinned; about 15 minutes to build, once.
-VERSITYGW := github.com/versity/versitygw/cmd/versitygw@v1.8.0
-MINIO     := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c
-test-s3-real: ## the escrow's client against S3 servers that are not ours: versitygw and MinIO
-	@mkdir -p $(CACHE)/tools/s3
-	@[ "$$(cat $(CACHE)/tools/s3/versions 2>/dev/null)" = "$(VERSITYGW) $(MINIO)" ] || { \
-	  GOBIN=$(CACHE)/tools/s3 $(GO) install $(VERSITYGW) && GOBIN=$(CACHE)/tools/s3 $(GO) install $(MINIO) && \
-	  echo "$(VERSITYGW) $(MINIO)" >$(CACHE)/tools/s3/versions; }
+test-s3-real: ## the client of S3 against servers that are not ours: versitygw, and MinIO (10 minutes to build, once)
+	@$(call s3server,versitygw,$(VERSITYGW))
+	@$(call s3server,minio,$(MINIO))
 	@$(GO) test -v -count=1 -timeout 10m -tags s3real -run '^(TestVersityGateway|TestMinIO)$$' ./archive -versitygw $(CACHE)/tools/s3/versitygw -minio $(CACHE)/tools/s3/minio
 
 demo: ## the main job, told as it goes, in a VM on this machine

@@ -25,7 +25,7 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
 )
 
-// Servers that are not ours: `make test-s3-real` builds them, and gives their paths.
+// Servers that are not ours: `make test-s3-real` builds them, and gives their paths; `make test` has the first one.
 var (
 	versitygw = flag.String("versitygw", "", "the program versitygw")
 	minio     = flag.String("minio", "", "the program minio")
@@ -37,7 +37,7 @@ var root = aws.CredentialsProviderFunc(func(context.Context) (aws.Credentials, e
 })
 
 // serve starts a server on the loopback address, and waits until it answers. {ADDRESS} and {DIR} in its arguments stand for its own.
-func serve(t *testing.T, program string, env []string, args ...string) (url string) {
+func serve(t *testing.T, program string, env []string, args ...string) (url, dir string) {
 	t.Helper()
 	if program == "" {
 		t.Fatal("the program was not given: run this by `make test-s3-real`")
@@ -46,7 +46,8 @@ func serve(t *testing.T, program string, env []string, args ...string) (url stri
 	if err != nil {
 		t.Fatal(err)
 	}
-	address, dir := l.Addr().String(), t.TempDir()
+	address := l.Addr().String()
+	dir = t.TempDir()
 	l.Close()
 	for i, a := range args {
 		switch a {
@@ -78,11 +79,11 @@ func serve(t *testing.T, program string, env []string, args ...string) (url stri
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
 		if answer, err := http.Get(url); err == nil {
 			answer.Body.Close()
-			return url
+			return url, dir
 		}
 	}
 	t.Fatalf("%s does not answer", program)
-	return ""
+	return "", ""
 }
 
 // realClient is a client of such a server; KMS is ours where the node asks it.
@@ -121,11 +122,19 @@ func roundTrip(t *testing.T, c *Client) {
 
 // TestVersityGateway: what the node encrypts is at home on a server that encrypts nothing, and that one's silence about SSE-KMS is seen.
 func TestVersityGateway(t *testing.T) {
-	url := serve(t, *versitygw, []string{"ROOT_ACCESS_KEY=root-of-the-test", "ROOT_SECRET_KEY=made-up-for-the-test"},
+	url, dir := serve(t, *versitygw, []string{"ROOT_ACCESS_KEY=root-of-the-test", "ROOT_SECRET_KEY=made-up-for-the-test"},
 		"--region", s3test.Region, "--port", "{ADDRESS}", "posix", "{DIR}")
 	kms := kmstest.NewKMS(t)
 	kms.AllowContext()
-	roundTrip(t, realClient(t, url, CSE, kms.ARN(), kms))
+	cse := realClient(t, url, CSE, kms.ARN(), kms)
+	roundTrip(t, cse)
+	plain := []byte("what nobody but the node and KMS may read")
+	if _, err := cse.Put(t.Context(), "secret", plain, nil); err != nil {
+		t.Fatal(err)
+	}
+	if stored, err := os.ReadFile(filepath.Join(dir, bucket, "secret")); err != nil || len(stored) <= len(plain) || bytes.Contains(stored, plain[:8]) {
+		t.Errorf("on the server's disk: %q, %v", stored, err)
+	}
 
 	c := realClient(t, url, SSE, kms.ARN(), kms)
 	_, err := c.Put(t.Context(), "sse", content(t, 1000), nil)
@@ -139,7 +148,7 @@ func TestVersityGateway(t *testing.T) {
 func TestMinIO(t *testing.T) {
 	secret := make([]byte, 32)
 	_, _ = rand.Read(secret) // never fails
-	url := serve(t, *minio, []string{"MINIO_ROOT_USER=root-of-the-test", "MINIO_ROOT_PASSWORD=made-up-for-the-test", "MINIO_REGION=" + s3test.Region,
+	url, _ := serve(t, *minio, []string{"MINIO_ROOT_USER=root-of-the-test", "MINIO_ROOT_PASSWORD=made-up-for-the-test", "MINIO_REGION=" + s3test.Region,
 		"MINIO_KMS_SECRET_KEY=my-key:" + base64.StdEncoding.EncodeToString(secret)}, "server", "--quiet", "--address", "{ADDRESS}", "{DIR}")
 	kms := kmstest.NewKMS(t)
 	kms.AllowContext()

@@ -23,7 +23,7 @@ import (
 
 func main() {
 	to := flag.String("to", "", "append the counts to this file")
-	live := flag.Bool("live", false, "print the output of the tests as it comes")
+	live := flag.Bool("live", false, "print the output of the tests as it comes, and that of those that failed once more at the end")
 	flag.Parse()
 	c, err := run(os.Stdin, os.Stdout, *to, *live, flag.Args())
 	if err != nil {
@@ -108,6 +108,7 @@ func read(in io.Reader, out io.Writer, live bool) (counts, error) {
 		output = map[key][]string{} // of what has not ended
 		open   = map[string]bool{}  // packages that have begun and not ended
 		failed = map[string]int{}   // failed tests of a package
+		again  strings.Builder      // what failed, where that was printed long ago
 	)
 	lines := bufio.NewReader(in)
 	for {
@@ -117,7 +118,7 @@ func read(in io.Reader, out io.Writer, live bool) (counts, error) {
 			if json.Unmarshal([]byte(line), &e) != nil || e.Action == "" {
 				fmt.Fprint(out, line) // not an event: what the go command itself says
 			} else {
-				c.take(e, out, live, output, open, failed)
+				c.take(e, out, live, output, open, failed, &again)
 			}
 		}
 		if errors.Is(err, io.EOF) {
@@ -131,10 +132,11 @@ func read(in io.Reader, out io.Writer, live bool) (counts, error) {
 		fmt.Fprintf(out, "FAIL %s: it never ended\n", pkg)
 		c.Failed++
 	}
+	fmt.Fprint(out, again.String())
 	return c, nil
 }
 
-func (c *counts) take(e event, out io.Writer, live bool, output map[key][]string, open map[string]bool, failed map[string]int) {
+func (c *counts) take(e event, out io.Writer, live bool, output map[key][]string, open map[string]bool, failed map[string]int, again io.Writer) {
 	k := key{e.Package, e.Test}
 	switch e.Action {
 	case "build-output":
@@ -142,15 +144,17 @@ func (c *counts) take(e event, out io.Writer, live bool, output map[key][]string
 	case "start":
 		open[e.Package] = true
 	case "output":
+		output[k] = append(output[k], e.Output)
 		if live {
 			fmt.Fprint(out, e.Output)
-		} else {
-			output[k] = append(output[k], e.Output)
 		}
 	case "pass", "fail", "skip":
 		text := strings.Join(output[k], "")
 		delete(output, k)
-		if e.Action == "fail" || e.Action == "skip" && e.Test != "" {
+		switch {
+		case live && e.Action == "fail" && e.Test != "":
+			fmt.Fprintf(again, "FAILED %s\n%s", e.Test, text)
+		case !live && (e.Action == "fail" || e.Action == "skip" && e.Test != ""):
 			fmt.Fprint(out, text)
 		}
 		switch {

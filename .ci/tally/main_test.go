@@ -52,6 +52,20 @@ func TestCounts(t *testing.T) {
 	}
 }
 
+// What failed in the middle of hours is printed once more at the end.
+func TestLiveEndsWithWhatFailed(t *testing.T) {
+	var out strings.Builder
+	const events = `{"Action":"start","Package":"q"}
+{"Action":"output","Package":"q","Test":"TestC","Output":"it broke\n"}
+{"Action":"fail","Package":"q","Test":"TestC"}
+{"Action":"fail","Package":"q"}
+`
+	_, err := read(strings.NewReader(events+passing), &out, true)
+	if want := "it broke\nFAIL q 0.0s\nquiet\nok   p 0.2s\nFAILED TestC\nit broke\n"; err != nil || out.String() != want {
+		t.Errorf("printed (%v)\n%s\nwant\n%s", err, out.String(), want)
+	}
+}
+
 func TestSum(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "counts")
 	for range 2 {

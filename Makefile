@@ -142,7 +142,7 @@ CUTS ?= 50
 soak: ## cut the power CUTS (50) times at random moments, in VMs, and rotate and rewrap as often; ends with tables, and fails if anything was lost
 	@$(call need,cryptsetup-bin util-linux)
 	@$(GO) test -v -count=1 -timeout 1h -run '^TestKilledAtRandomMoments$$' ./agent -kills $(CUTS)
-	@$(GO) test -v -count=1 -timeout 12h -tags 'vm soak' -parallel 2 -run '^TestSoak' ./test/vm -cuts $(CUTS)
+	@$(GO) test -v -count=1 -timeout 12h -tags 'vm soak' -parallel 2 -run '^TestSoak' ./test/vm -processors 2 -cuts $(CUTS)
 
 protections: ## take away what protects data, one thing at a time, and see its test fail (about 20 minutes; with VM=-vm the stories too)
 	@$(call need,cryptsetup-bin dmsetup util-linux fdisk e2fsprogs xfsprogs systemd)

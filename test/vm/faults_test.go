@@ -168,6 +168,7 @@ func TestDisksChangeUnderARun(t *testing.T) {
 	ebs3, ebs4 := harness.EBS("ebs3", "0ccccccccccccccc3"), harness.EBS("ebs4", "0ddddddddddddddd4")
 	points := []string{"/mnt", "/mnt1", "/mnt2", "/mnt3", "/mnt4", "/mnt5"}
 	n := harness.NewNode(t, assets, "filesystem: ext4\ncall_timeout: 2s\ndevice_wait: 0s\n", ssd1, ssd2, ebs1, ebs2, ebs3, ebs4)
+	atTheSameTime(n)
 	noHotAttach(n)
 	n.Provide("/run/luks-kms-agent/disks.json", 0o600, `{"version":1,"disks":[]}`) // else the first run looks once more, and uses what it finds
 	n.KMS.Inject(proxy.Fault{Kind: proxy.Hang, Ops: []string{"GenerateDataKey"}})

@@ -17,6 +17,7 @@ import (
 func TestFirstBootAndReboot(t *testing.T) {
 	parallel(t)
 	n := harness.NewNode(t, assets, plainAtData, ssd1, ssd2, ebs1, ebs2, plain)
+	atTheSameTime(n)
 	points := []string{"/data", "/mnt", "/mnt1", "/mnt2", "/mnt3"}
 
 	n.Boot()
@@ -226,6 +227,7 @@ func TestEightVolumes(t *testing.T) {
 		disks = append(disks, harness.InstanceStore(fmt.Sprintf("ssd%d", i), fmt.Sprintf("AWS%d", i)), harness.EBS(fmt.Sprintf("ebs%d", i), fmt.Sprintf("%017x", i)))
 	}
 	n := harness.NewNode(t, assets, "filesystem: ext4\n", disks...)
+	atTheSameTime(n)
 	points := []string{"/mnt", "/mnt1", "/mnt2", "/mnt3", "/mnt4", "/mnt5", "/mnt6", "/mnt7"}
 	n.Boot()
 	n.AwaitVolumes()

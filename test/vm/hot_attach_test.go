@@ -59,6 +59,7 @@ func TestHotAttach(t *testing.T) {
 	slices.Sort(points)
 	// The service does not wait for what is missing: stories are short.
 	n := harness.NewNode(t, assets, "filesystem: ext4\ncall_timeout: 2s\ndevice_wait: 0s\n", slices.Concat([]harness.Disk{ssd1, foreign, blank, late}, ten)...)
+	atTheSameTime(n)
 	n.MakeExt4("foreign", "somebody")
 	n.Boot()
 	n.AwaitVolumes()

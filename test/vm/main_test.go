@@ -19,7 +19,14 @@ import (
 // assets are shared by all stories: made before the first, gone after the last.
 var assets *harness.Assets
 
-var atOnce = flag.Int("at-once", 2, "how many stories work at a time: one for each processor")
+var (
+	atOnce = flag.Int("at-once", 2, "how many stories work at a time: one for each processor")
+	// Emulating two takes a quarter more of the host's time for the same story. Those about what happens at the same time have two, by atTheSameTime.
+	processors = flag.Int("processors", 1, "how many a node has where its story does not say")
+)
+
+// atTheSameTime gives a node two processors.
+func atTheSameTime(n *harness.Node) { n.Processors = 2 }
 
 // places has room for the stories that work at a time. go test's own -parallel has to be more than -at-once: a story that only
 // waits for time to pass takes no place.
@@ -48,6 +55,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "cannot prepare the stories:", err)
 		os.Exit(1)
 	}
+	assets.Processors = *processors
 	code := m.Run()
 	if err := assets.Close(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

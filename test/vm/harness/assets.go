@@ -45,6 +45,9 @@ type Assets struct {
 	Logs   string // directory for what is left of stories that failed
 	Repo   string // top of the agent's tree
 
+	// Processors is how many a machine has whose node does not say; 0 is 2.
+	Processors int
+
 	dir      string
 	tree     string                   // what goes onto the boot disk
 	snapshot func() (snapshot, error) // takes it when it is first asked for
@@ -166,7 +169,7 @@ func (a *Assets) Userland(ctx context.Context, step Step, suite string) (*Assets
 		return nil, err
 	}
 	b := &Assets{
-		Repo: a.Repo, Guest: a.Guest, KMS: a.KMS, IMDS: a.IMDS, Logs: a.Logs, Root: filepath.Join(dir, "root.img"),
+		Repo: a.Repo, Guest: a.Guest, KMS: a.KMS, IMDS: a.IMDS, Logs: a.Logs, Root: filepath.Join(dir, "root.img"), Processors: a.Processors,
 		dir: dir, tree: a.tree,
 		snapshot: func() (snapshot, error) { return snapshot{}, fmt.Errorf("there is no snapshot of %s: boot it", suite) },
 	}

@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strconv"
 	"sync"
 	"time"
 
@@ -60,6 +62,8 @@ type hardware struct {
 	others                map[string]string // more of them, by their address in the guest
 	boot                  string            // the boot disk, qcow2
 	drives                []drive
+
+	processors int // 0 for those of the assets
 
 	initrd   string // "" for none
 	init     string // what runs as the first process; "" for systemd
@@ -141,7 +145,7 @@ func (a *Assets) qemuArguments(h hardware) ([]string, error) {
 	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "q35", "-accel", accel, "-cpu", cpu, "-smp", "2", "-m", "1024",
+		"-machine", "q35", "-accel", accel, "-cpu", cpu, "-smp", strconv.Itoa(cmp.Or(h.processors, a.Processors, 2)), "-m", "1024",
 		"-kernel", a.Kernel, "-append", kernel,
 		"-chardev", "file,id=console,append=on,path=" + h.console, "-serial", "chardev:console",
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=channel,server=on,wait=off,path=" + h.socket,

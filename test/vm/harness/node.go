@@ -41,6 +41,8 @@ type Node struct {
 	KMS  *proxy.KMS
 	IMDS *proxy.IMDS
 	Key  string // ARN of the KMS key that Config names
+	// Processors is how many it has from the next boot on; 0 is those of the assets. A copy of the snapshot has always these.
+	Processors int
 
 	tb      TB
 	assets  *Assets
@@ -157,6 +159,9 @@ func (n *Node) launch(h hardware) {
 	}
 	n.tree = nil
 	h.others = n.others
+	if !h.snapshot {
+		h.processors = n.Processors
+	}
 	h.socket, h.console, h.said = filepath.Join(n.dir, fmt.Sprintf("channel-%d", n.boots)), n.console(), filepath.Join(n.logs, "qemu.log")
 	h.imds, h.kms, h.kmsTLS, h.boot = n.servers.imdsAddr, n.servers.kmsAddr, n.servers.tlsAddr, n.overlay()
 	drives := []drive{{serial: channel.ManifestSerial, image: n.Image(channel.ManifestSerial)}}

@@ -391,13 +391,13 @@ func (s *Spool) compress(ctx context.Context, name string, r io.Reader, final bo
 	counted := &counter{w: f}
 	zip := gzip.NewWriter(counted)
 	lines := bufio.NewReaderSize(r, 64<<10)
-	longest := s.options.PieceSize * longestLine
+	var line []byte
 	for made.Bytes < s.options.PieceSize && ctx.Err() == nil {
-		line, whole, err := readLine(lines, longest)
-		if err != nil {
+		var whole bool
+		if line, whole, err = readLine(lines, line, s.options.PieceSize); err != nil {
 			return made, false, err
 		}
-		if len(line) == 0 || !whole && !final && int64(len(line)) < longest {
+		if len(line) == 0 || !whole && !final && int64(len(line)) < s.options.PieceSize {
 			end = true
 			break
 		}
@@ -437,10 +437,15 @@ func (c *counter) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// readLine returns the next line with its end, or what there is of it at the end of r, or its first bytes where it is longer than most.
-func readLine(r *bufio.Reader, most int64) (line []byte, whole bool, err error) {
+// readLine returns the next line with its end, or what there is of it at the end of r, or its first bytes where it has more than most. It uses the memory of
+// the one before.
+func readLine(r *bufio.Reader, before []byte, most int64) (line []byte, whole bool, err error) {
+	line = before[:0]
 	for {
 		part, err := r.ReadSlice('\n')
+		if room := most - int64(len(line)); int64(len(part)) > room {
+			return append(line, part[:room]...), false, nil
+		}
 		line = append(line, part...)
 		switch {
 		case err == nil:
@@ -449,8 +454,6 @@ func readLine(r *bufio.Reader, most int64) (line []byte, whole bool, err error) 
 			return line, false, nil
 		case !errors.Is(err, bufio.ErrBufferFull):
 			return line, false, err
-		case int64(len(line)) >= most:
-			return line, false, nil
 		}
 	}
 }

@@ -28,8 +28,8 @@ type Options struct {
 	Files []string
 	// Units are those whose journal is collected.
 	Units []string
-	// PieceSize is how much a piece holds at most before it is compressed, in bytes, whole lines; 0 is 8 MiB. A line that is
-	// longer is a piece by itself, up to four times that; what is longer still is cut.
+	// PieceSize is how much a piece holds at most before it is compressed, in bytes, whole lines; 0 is 8 MiB. A line that is longer is
+	// cut into several.
 	PieceSize int64
 	// MaxSpool is how many bytes of pieces may wait; 0 is 1 GiB. When it is full nothing more is read: the sources keep their lines.
 	MaxSpool int64
@@ -44,7 +44,6 @@ type Options struct {
 const (
 	defaultPiece = 8 << 20
 	defaultSpool = 1 << 30
-	longestLine  = 4 // pieces
 
 	stateFile = "positions.json"
 	spoolDir  = "spool"

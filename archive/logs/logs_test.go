@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -185,7 +186,7 @@ func TestPiecesAndLongLines(t *testing.T) {
 		all.WriteString(line)
 		d.write("a.log", line)
 	}
-	long := strings.Repeat("y", 1000) + "\n" // more than four pieces
+	long := strings.Repeat("y", 1000) + "\n" // ten pieces
 	all.WriteString(long)
 	d.write("a.log", long)
 	s, err := Open(d.o)
@@ -196,7 +197,7 @@ func TestPiecesAndLongLines(t *testing.T) {
 	text, names := "", map[string]bool{}
 	for _, p := range pieces {
 		got := d.read(s, p)
-		if int64(len(got)) > 400+64<<10 || names[p.Name] {
+		if int64(len(got)) > d.o.PieceSize || names[p.Name] {
 			t.Errorf("%s: %d bytes", p.Name, len(got))
 		}
 		names[p.Name] = true
@@ -206,6 +207,107 @@ func TestPiecesAndLongLines(t *testing.T) {
 		t.Errorf("%d pieces, %d bytes of %d", len(pieces), len(text), all.Len())
 	}
 	s.Close()
+}
+
+// TestHugeFile: a file of more than 4 GiB, of which the most was read, and whose next line is longer than most. Neither is ever in memory as a whole.
+func TestHugeFile(t *testing.T) {
+	d := newDesk(t)
+	d.write("a.log", "1\n")
+	d.want("first", map[string]string{"a.log": "1\n"}, 0)
+	const behind = 5 << 30
+	d.must(os.Truncate(d.path("a.log"), behind)) // a line that has no end yet
+	path := filepath.Join(d.o.Dir, stateFile)
+	text, err := os.ReadFile(path)
+	d.must(err)
+	d.must(os.WriteFile(path, []byte(strings.Replace(string(text), `"offset": 2`, fmt.Sprintf(`"offset": %d`, behind-100<<20), 1)), 0o600))
+	d.write("a.log", "\n", "2\n")
+	var zeros, rest int64
+	peak := uint64(0)
+	for more := true; more; {
+		d.o.MaxSpool = 1 // one piece at a time
+		s, err := Open(d.o)
+		d.must(err)
+		c, err := s.Collect(t.Context())
+		d.must(err)
+		more = c.Full
+		for _, p := range s.Pieces() {
+			if p.Bytes > defaultPiece {
+				t.Errorf("a piece of %d bytes", p.Bytes)
+			}
+			got := d.read(s, p)
+			zeros += int64(strings.Count(got, "\x00"))
+			rest += int64(len(strings.ReplaceAll(got, "\x00", "")))
+			if !strings.HasSuffix(p.Name, fmt.Sprintf("-%020d.gz", behind-100<<20+zeros+rest-int64(len(got)))) {
+				t.Errorf("a piece is named %s", p.Name)
+			}
+			d.must(s.Done(p))
+		}
+		s.Close()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		peak = max(peak, m.HeapSys)
+	}
+	if zeros != 100<<20 || rest != 3 {
+		t.Errorf("%d zeros and %d bytes", zeros, rest)
+	}
+	t.Logf("the heap had %d MiB at most, that of the test included", peak>>20)
+}
+
+// TestEndsWhileSomebodyWrites: what comes while it is at work is for the next time.
+func TestEndsWhileSomebodyWrites(t *testing.T) {
+	d := newDesk(t)
+	stop, written := make(chan struct{}), make(chan string)
+	go func() {
+		var all strings.Builder
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				written <- all.String()
+				return
+			default:
+			}
+			line := fmt.Sprintf("line %d\n", i)
+			all.WriteString(line)
+			d.write("a.log", line)
+		}
+	}()
+	got := ""
+	for strings.Count(got, "\n") < 2000 {
+		text, lost := d.collect()
+		if got += text["a.log"]; len(lost) > 0 {
+			t.Errorf("lost: %v", lost)
+		}
+	}
+	close(stop)
+	want := <-written
+	text, _ := d.collect()
+	if got+text["a.log"] != want {
+		t.Errorf("%d bytes of %d", len(got)+len(text["a.log"]), len(want))
+	}
+}
+
+// TestRate: a bound of the rate is held, and does not keep anybody from ending it.
+func TestRate(t *testing.T) {
+	d := newDesk(t)
+	d.o.PieceSize, d.o.Rate = 1000, 50_000
+	d.write("a.log", strings.Repeat("123456789\n", 1000))
+	begun := time.Now()
+	if text, _ := d.collect(); len(text["a.log"]) != 10_000 {
+		t.Errorf("%d bytes", len(text["a.log"]))
+	}
+	if took := time.Since(begun); took < 200*time.Millisecond {
+		t.Errorf("10 kB at 50 kB/s took %v", took)
+	}
+	d.o.Rate = 1
+	d.write("a.log", "more\n")
+	s, err := Open(d.o)
+	d.must(err)
+	defer s.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := s.Collect(ctx); !errors.Is(err, context.DeadlineExceeded) || len(s.Pieces()) != 1 {
+		t.Errorf("%v, %v", s.Pieces(), err)
+	}
 }
 
 // TestFullSpool: nothing more is read, and nothing is lost by that.

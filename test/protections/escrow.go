@@ -30,6 +30,12 @@ func inEscrow() []protection {
 		one("what a kill left of a piece does not count", "archive/logs/logs.go", "if err := os.Remove(s.path(e.Name())); err != nil {", "if err := error(nil); err != nil {", "./archive/logs TestBadSpool"),
 		one("what a power cut took of a log is not read again", "archive/logs/collect.go", "case copied == nil && len(written) > 0 && bytes.HasPrefix(p.Head, written):", "case false && len(written) > 0:", "./archive/logs TestPowerCut"),
 		one("a piece is known together with the position behind it", "archive/logs/collect.go", "	s.state.Positions[i] = behind\n", "", "./archive/logs TestFollow"),
+		one("pieces of a spool that begins anew have names of their own", "archive/logs/collect.go", `"%s/%s-%06d-%020d.gz", sourceName("files", p.Path), s.state.Spool`, `"%s/%.0s%06d-%020d.gz", sourceName("files", p.Path), s.state.Spool`, "./agent TestLogsStatus"),
+		one("an image gets no spool", "agent/seal.go", "	for _, path := range pieces {\n", "	for _, path := range pieces[:0] {\n", "./agent TestLogsStatus"),
+		one("no image is sealed while logs are archived", "agent/seal.go", "			s.Refused = append(s.Refused, err)\n		} else {\n			defer release()", "		} else {\n			defer release()", "./agent TestLogsStatus"),
+		one("a purge keeps logs that were not sent", "packaging/scripts/postremove-deb.sh", `    keep "$spool" "$now" "logs that were not sent"
+`, "    rm -rf \"$spool\"\n", "./packaging TestPurgeKeepsRecords"),
+		one("a line that is longer than a piece is not lost", "archive/logs/collect.go", "return append(line, part[:room]...), false, nil", "return line, false, nil", "./archive/logs TestPiecesAndLongLines"),
 		one("a copy is no file that overwrites another", escrow, "	there, rerr := keycache.ReadBackup(path)\n	if rerr != nil || there.Manifest != b.Manifest {\n		return err\n	}\n", "", "./agent TestFetchOverwritesNothing"),
 	}
 }

@@ -49,6 +49,16 @@ EOF
 	count := func() int { return s.Count("PutObject") }
 	n.Await("the first lines", time.Minute, func() bool { return send().Code == 0 && count() >= 2 })
 
+	// The disk under the spool is full, of what is not ours: what cannot be kept there is read again later.
+	n.Sh("head -c 4000000 /dev/urandom | base64 >/var/log/app/big.log; fallocate -l $(($(stat -f -c '%f*%S' /) - 1000000)) /full")
+	if r := send(); r.Code == 0 || !strings.Contains(r.Stderr, "no space left on device") {
+		t.Errorf("the disk is full: %s", r)
+	}
+	n.Sh("rm /full")
+	if r := send(); r.Code != 0 || !strings.Contains(n.Sh("luks-kms-agent status"), "Logs: all sent ") {
+		t.Errorf("there is room again: %s", r)
+	}
+
 	s.Deny("PutObject")
 	for range 3 {
 		n.Sh("logrotate -f /etc/logrotate-app.conf; sleep 1")

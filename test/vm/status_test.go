@@ -123,7 +123,7 @@ func wantDocumented(t *testing.T, status, volume map[string]any) {
 	_, section, _ := strings.Cut(string(doc), "## /run/luks-kms-agent/status.json")
 	section, _, _ = strings.Cut(section, "```json status")
 	top, ofVolume, _ := strings.Cut(section, "| field of a volume")
-	absent := []string{"error", "audit_error", "header_backup_stale", "missing", "problems", "quarantined", "rewrap_pending", "header_backup", "escrow", "escrow_pending", "primary_damaged", "secondary_damaged"}
+	absent := []string{"error", "audit_error", "header_backup_stale", "missing", "problems", "quarantined", "logs", "rewrap_pending", "header_backup", "escrow", "escrow_pending", "primary_damaged", "secondary_damaged"}
 	row := regexp.MustCompile("(?m)^\\| (`[^|]*`) \\|")
 	for part, has := range map[string]map[string]any{top: status, ofVolume: volume} {
 		for _, cell := range row.FindAllStringSubmatch(part, -1) {

@@ -138,14 +138,16 @@ func Open(o Options) (*Spool, error) {
 		return nil, fmt.Errorf("cannot lock the spool %s: %w", o.Dir, ErrLocked)
 	}
 	if err := s.load(); err != nil {
-		s.lock.Close()
+		s.Close()
 		return nil, err
 	}
 	return s, nil
 }
 
-// Close lets others use the directory.
-func (s *Spool) Close() error { return s.lock.Close() }
+// Close lets others use the directory. A child that has not executed its program yet has the file too, so to close it is not enough.
+func (s *Spool) Close() error {
+	return errors.Join(unix.Flock(int(s.lock.Fd()), unix.LOCK_UN), s.lock.Close())
+}
 
 func (s *Spool) load() error {
 	path := filepath.Join(s.options.Dir, stateFile)

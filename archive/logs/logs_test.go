@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // desk is a spool with log files, and what came out of it.
@@ -269,6 +271,20 @@ func TestJournal(t *testing.T) {
 	d.want("nothing new", map[string]string{}, 0)
 	entries = append(entries, `{"__CURSOR":"c9","MESSAGE":"new"}`)
 	d.want("one more", map[string]string{"a.service": entries[5] + "\n"}, 0)
+}
+
+// TestClosedIsUnlocked: between fork and exec a child of another goroutine has the lock's file as well.
+func TestClosedIsUnlocked(t *testing.T) {
+	d := newDesk(t)
+	s, err := Open(d.o)
+	d.must(err)
+	childs, err := unix.Dup(int(s.lock.Fd()))
+	d.must(err)
+	defer unix.Close(childs)
+	d.must(s.Close())
+	s, err = Open(d.o)
+	d.must(err)
+	d.must(s.Close())
 }
 
 func TestBadSpool(t *testing.T) {

@@ -23,24 +23,30 @@ type EMRImport struct {
 	KMSKey string
 	// Escrow is how EMRFS encrypts what it puts into S3, for the bucket that was given; without one it is zero.
 	Escrow EscrowConfig
+	// Logs is where the logs of a cluster go, and under which key, of [EMRImport.TakeLogs]; without one it is zero.
+	Logs LogsConfig
 	// Notes tell of every part what became of it.
 	Notes []EMRNote
 }
 
-// EMRNote tells what became of one part of a security configuration.
+// EMRNote tells what became of one part of a security configuration, or of a cluster.
 type EMRNote struct {
 	Path  string // of the fields: "EncryptionConfiguration.EnableAtRestEncryption"
 	Taken bool
 	Text  string
 }
 
-// EMRError is a security configuration that cannot be understood, and the place of the cause.
+// EMRError is a security configuration or a cluster that cannot be understood, and the place of the cause.
 type EMRError struct {
+	Cluster      bool
 	Line, Column int // from 1; the column counts bytes
 	Err          error
 }
 
 func (e *EMRError) Error() string {
+	if e.Cluster {
+		return fmt.Sprintf("cannot read the description of the cluster: line %d, column %d: %v", e.Line, e.Column, e.Err)
+	}
 	return fmt.Sprintf("cannot read the security configuration: line %d, column %d: %v", e.Line, e.Column, e.Err)
 }
 
@@ -62,9 +68,6 @@ const maxEMR = 1 << 20
 // A security configuration names no bucket: where escrowBucket is not "", the mode and the key of its S3 encryption become those of an escrow in it.
 func ImportEMR(data []byte, escrowBucket string) (EMRImport, error) {
 	e := emrReader{data: data, bucket: escrowBucket}
-	if len(data) > maxEMR {
-		return EMRImport{}, e.fail(maxEMR, "it is longer than %d bytes", maxEMR)
-	}
 	root, err := e.parse()
 	if err != nil {
 		return EMRImport{}, err
@@ -87,10 +90,21 @@ func (i EMRImport) Config() ([]byte, error) {
 		Mode   string `yaml:"mode"`
 		KMSKey string `yaml:"kms_key"`
 	}
+	type logs struct {
+		Bucket  string   `yaml:"bucket"`
+		Prefix  string   `yaml:"prefix,omitempty"`
+		Cluster string   `yaml:"cluster"`
+		KMSKey  string   `yaml:"kms_key,omitempty"`
+		Files   []string `yaml:"files,flow"`
+	}
 	file := struct {
 		KMSKey string  `yaml:"kms_key"`
 		Escrow *escrow `yaml:"escrow,omitempty"`
+		Logs   *logs   `yaml:"logs,omitempty"`
 	}{KMSKey: i.KMSKey}
+	if l := i.Logs; l.Bucket != "" {
+		file.Logs = &logs{l.Bucket, l.Prefix, l.Cluster, l.KMSKey, l.Files}
+	}
 	if i.Escrow.Bucket != "" {
 		file.Escrow = &escrow{i.Escrow.Bucket, i.Escrow.Mode, i.Escrow.KMSKey}
 	}
@@ -98,8 +112,9 @@ func (i EMRImport) Config() ([]byte, error) {
 	return b.Bytes(), err
 }
 
-// emrReader reads one security configuration.
+// emrReader reads one security configuration, or one cluster.
 type emrReader struct {
+	cluster bool
 	data    []byte
 	found   EMRImport
 	nothing string // why there is no local disk encryption under KMS
@@ -124,14 +139,18 @@ type emrField struct {
 func (e *emrReader) fail(offset int64, format string, args ...any) error {
 	before := e.data[:min(max(offset, 0), int64(len(e.data)))]
 	return &EMRError{
-		Line:   1 + bytes.Count(before, []byte("\n")),
-		Column: len(before) - bytes.LastIndexByte(before, '\n'),
-		Err:    fmt.Errorf(format, args...),
+		Cluster: e.cluster,
+		Line:    1 + bytes.Count(before, []byte("\n")),
+		Column:  len(before) - bytes.LastIndexByte(before, '\n'),
+		Err:     fmt.Errorf(format, args...),
 	}
 }
 
 // parse reads exactly one JSON object in which no object has a field twice.
 func (e *emrReader) parse() (emrValue, error) {
+	if len(e.data) > maxEMR {
+		return emrValue{}, e.fail(maxEMR, "it is longer than %d bytes", maxEMR)
+	}
 	dec := json.NewDecoder(bytes.NewReader(e.data))
 	dec.UseNumber()
 	root, err := e.value(dec, 0)
@@ -139,7 +158,7 @@ func (e *emrReader) parse() (emrValue, error) {
 		return emrValue{}, err
 	}
 	if rest := bytes.TrimLeft(e.data[dec.InputOffset():], " \t\r\n"); len(rest) > 0 {
-		return emrValue{}, e.fail(int64(len(e.data)-len(rest)), "there is something after the security configuration")
+		return emrValue{}, e.fail(int64(len(e.data)-len(rest)), "there is something after %s", e.where(""))
 	}
 	return root, nil
 }
@@ -218,12 +237,12 @@ type emrFields map[string]func(path string, v emrValue) error
 // object reads an object whose fields are all known, in the order of the file.
 func (e *emrReader) object(path string, v emrValue, known emrFields) error {
 	if v.kind != '{' {
-		return e.fail(v.offset, "%s must be an object", emrWhere(path))
+		return e.fail(v.offset, "%s must be an object", e.where(path))
 	}
 	for _, f := range v.fields {
 		read, ok := known[f.name]
 		if !ok {
-			return e.fail(f.offset, "unknown field %q in %s (allowed: %s)", f.name, emrWhere(path), strings.Join(sortedKeys(known), ", "))
+			return e.fail(f.offset, "unknown field %q in %s (allowed: %s)", f.name, e.where(path), strings.Join(sortedKeys(known), ", "))
 		}
 		if err := read(join(path, f.name), f.value); err != nil {
 			return err
@@ -232,11 +251,14 @@ func (e *emrReader) object(path string, v emrValue, known emrFields) error {
 	return nil
 }
 
-func emrWhere(path string) string {
-	if path == "" {
-		return "the security configuration"
+func (e *emrReader) where(path string) string {
+	switch {
+	case path != "":
+		return path
+	case e.cluster:
+		return "the description of the cluster"
 	}
-	return path
+	return "the security configuration"
 }
 
 // text reads a string, one of those that are allowed where there are any.

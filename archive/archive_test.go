@@ -298,7 +298,7 @@ func TestFaults(t *testing.T) {
 		says   string
 	}{
 		"denied put":             {SSE, func(b *bench) { b.s3.Deny("PutObject") }, nil, ReasonDenied, "s3:PutObject"},
-		"denied head":            {SSE, func(b *bench) { b.s3.Deny("HeadObject") }, nil, ReasonDenied, ""},
+		"denied head":            {SSE, func(b *bench) { b.s3.Deny("HeadObject") }, nil, ReasonDenied, "cannot read the properties of s3://"},
 		"denied KMS, SSE":        {SSE, func(b *bench) { b.kms.Deny("GenerateDataKey") }, nil, ReasonKMSDenied, "kms:GenerateDataKey"},
 		"denied KMS, CSE":        {CSE, func(b *bench) { b.kms.Deny("GenerateDataKey") }, nil, ReasonKMSDenied, "AccessDeniedException"},
 		"disabled key, SSE":      {SSE, func(b *bench) { b.kms.SetState(b.key, kmstest.Disabled) }, func(b *bench) { b.kms.SetState(b.key, kmstest.Enabled) }, ReasonKey, "KMS.DisabledException"},

@@ -139,6 +139,9 @@ func (c *Client) classify(op, object string, err error) *Error {
 	if errors.As(err, &known) {
 		// Judged where it happened; only the call is known better here.
 		e.Reason, e.Code, e.RequestID, e.Err = known.Reason, known.Code, known.RequestID, known.Err
+		if known.Op != "" {
+			e.Op = known.Op
+		}
 		return e
 	}
 	var answer *awshttp.ResponseError

@@ -79,7 +79,7 @@ func (c *Client) Put(ctx context.Context, name string, data []byte, metadata map
 		}
 		existed := err
 		if o, err = c.head(ctx, name); err != nil {
-			return err
+			return c.classify("Head", c.URL(name), err) // not allowed to look is another thing than not allowed to put
 		}
 		stored := int64(len(data))
 		if c.options.Mode == CSE {

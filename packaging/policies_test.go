@@ -16,6 +16,7 @@ var policyKinds = map[string]kmstest.PolicyKind{
 	"rewrap-role.json":         kmstest.RolePolicy,
 	"configure-role.json":      kmstest.RolePolicy,
 	"escrow-role.json":         kmstest.RolePolicy,
+	"log-role.json":            kmstest.RolePolicy,
 	"key-policy.json":          kmstest.KeyPolicy,
 	"key-policy-grants.json":   kmstest.KeyPolicy,
 	"vpc-endpoint-policy.json": kmstest.EndpointPolicy,
@@ -95,6 +96,7 @@ func TestPoliciesRefuse(t *testing.T) {
 	const (
 		key      = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 		otherKey = "arn:aws:kms:us-east-1:111122223333:key/0987dcba-09fe-87dc-65ba-ab0987654321"
+		logKey   = "arn:aws:kms:us-east-1:111122223333:key/3456cdef-34cd-56ef-78ab-3456789012cd"
 		role     = "arn:aws:iam::111122223333:role/"
 		node     = role + "NODE-ROLE"
 		admin    = role + "KEY-ADMINISTRATOR"
@@ -139,6 +141,13 @@ func TestPoliciesRefuse(t *testing.T) {
 		{"configure: look", ofRole("configure-role.json"), role + "X", "DescribeKey", key, nil, true},
 		{"configure: use", ofRole("configure-role.json"), role + "X", "Decrypt", key, nil, false},
 		{"configure: change", ofRole("configure-role.json"), role + "X", "PutKeyPolicy", key, nil, false},
+		{"configure: look at the log key", ofRole("configure-role.json"), role + "X", "DescribeKey", logKey, nil, true},
+		{"configure: use the log key", ofRole("configure-role.json"), role + "X", "GenerateDataKey", logKey, nil, false},
+		{"configure: who may use the log key", ofRole("configure-role.json"), role + "X", "GetKeyPolicy", logKey, nil, false},
+		{"logs: encrypt", ofRole("log-role.json"), node, "GenerateDataKey", logKey, keys{"kms:EncryptionContextKeys": {"aws:s3:arn"}}, true},
+		{"logs: read", ofRole("log-role.json"), node, "Decrypt", logKey, nil, false},
+		{"logs: look at the key", ofRole("log-role.json"), node, "DescribeKey", logKey, nil, false},
+		{"logs: the disks' key", ofRole("log-role.json"), node, "GenerateDataKey", key, nil, false},
 		{"key policy: who has kms:* by IAM", ofKey("key-policy.json"), role + "X", "Decrypt", key, nil, false},
 		{"key policy: they administer", ofKey("key-policy.json"), role + "X", "PutKeyPolicy", key, nil, true},
 		{"key policy: they make no grants", ofKey("key-policy.json"), role + "X", "CreateGrant", key, grant(node, "Decrypt"), false},

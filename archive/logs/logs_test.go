@@ -13,9 +13,12 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // desk is a spool with log files, and what came out of it.
@@ -371,6 +374,31 @@ func TestJournal(t *testing.T) {
 	d.want("nothing new", map[string]string{}, 0)
 	entries = append(entries, `{"__CURSOR":"c9","MESSAGE":"new"}`)
 	d.want("one more", map[string]string{"a.service": entries[5] + "\n"}, 0)
+}
+
+// TestClosedIsUnlocked: between fork and exec a child of another goroutine has the lock's file as well.
+func TestClosedIsUnlocked(t *testing.T) {
+	d := newDesk(t)
+	s, err := Open(d.o)
+	d.must(err)
+	fds, err := filepath.Glob("/proc/self/fd/*")
+	d.must(err)
+	fds = slices.DeleteFunc(fds, func(fd string) bool {
+		to, err := os.Readlink(fd)
+		return err != nil || to != filepath.Join(d.o.Dir, lockFile)
+	})
+	if len(fds) != 1 {
+		t.Fatalf("the lock is open as %q", fds)
+	}
+	fd, err := strconv.Atoi(filepath.Base(fds[0]))
+	d.must(err)
+	childs, err := unix.Dup(fd)
+	d.must(err)
+	defer unix.Close(childs)
+	s.Close()
+	s, err = Open(d.o)
+	d.must(err)
+	s.Close()
 }
 
 func TestBadSpool(t *testing.T) {

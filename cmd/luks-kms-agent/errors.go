@@ -219,6 +219,8 @@ func hint(err error) string {
 		return "Use another backup of this volume, or take this one apart by hand (docs/records.md). No volume was touched."
 	case errors.As(err, &unknown):
 		return "Run `luks-kms-agent status` to see the volumes and their names."
+	case errors.As(err, &emr) && emr.Cluster:
+		return "Give --cluster the JSON that EMR has: `aws emr describe-cluster --cluster-id ID`."
 	case errors.As(err, &emr):
 		return "Give the JSON that EMR has: `aws emr describe-security-configuration --name NAME --query SecurityConfiguration --output text`."
 	case errors.As(err, &nothing):

@@ -13,16 +13,20 @@ import (
 )
 
 func newImportEMR() *cobra.Command {
-	output, bucket := "", ""
+	output, bucket, cluster := "", "", ""
 	cmd := &cobra.Command{
 		Use:   "import-emr FILE|-",
 		Short: "Make a configuration from an EMR security configuration",
 		Long: `Read a security configuration of Amazon EMR (JSON) from a file, or from standard
 input, and print the agent's configuration that encrypts the local disks under the
 same KMS key; with --escrow-bucket also one that keeps copies of LUKS headers in S3, as
-EMRFS encrypts what it puts there. What was taken, what was not, and why, is told on standard error. A
-field that is not known, or stands twice, is an error. Nothing else is read or
-changed; neither KMS nor EMR is asked.
+EMRFS encrypts what it puts there. With --cluster, the answer of describe-cluster, logs
+go where that cluster's go (LogUri), under the key of LogEncryptionKmsKeyId, which no
+security configuration has.
+
+What was taken, what was not, and why, is told on standard error. A field that is not
+known, or stands twice, is an error; of a cluster, what else it has is not looked at.
+Nothing else is read or changed; neither KMS nor EMR is asked.
 
 Exit code 0: the disk part was taken. 2: it cannot be read. 3: there is no local
 disk encryption under KMS in it.`,
@@ -31,14 +35,29 @@ disk encryption under KMS in it.`,
     luks-kms-agent import-emr - >config.yaml
 
   sudo luks-kms-agent import-emr emr.json \
-    --output /etc/luks-kms-agent/config.yaml`,
+    --output /etc/luks-kms-agent/config.yaml
+
+  aws emr describe-cluster --cluster-id ID |
+    luks-kms-agent import-emr emr.json --cluster - >config.yaml`,
 		Args: args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, names []string) error {
+			if names[0] == "-" && cluster == "-" {
+				return &usageError{errors.New("cannot read standard input twice: FILE and --cluster are both -")}
+			}
 			data, err := readInput(cmd.InOrStdin(), names[0])
 			if err != nil {
 				return err
 			}
+			var described []byte
+			if cluster != "" {
+				if described, err = readInput(cmd.InOrStdin(), cluster); err != nil {
+					return err
+				}
+			}
 			found, err := agent.ImportEMR(data, bucket)
+			if err == nil && cluster != "" {
+				err = found.TakeLogs(described)
+			}
 			for _, n := range found.Notes {
 				mark := "not taken"
 				if n.Taken {
@@ -61,6 +80,7 @@ disk encryption under KMS in it.`,
 		},
 	}
 	cmd.Flags().StringVar(&bucket, "escrow-bucket", "", "take mode and key of its S3 encryption for an escrow in this `bucket`")
+	cmd.Flags().StringVar(&cluster, "cluster", "", "take where logs go, and their key, from the answer of describe-cluster in this `file` (-: standard input)")
 	cmd.Flags().StringVar(&output, "output", "", "write to this `file`, which must not be there yet (default: standard output)")
 	return cmd
 }

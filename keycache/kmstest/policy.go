@@ -62,7 +62,7 @@ func PolicyActions() []string {
 }
 
 // foreignActions are those of other services that our policies name.
-var foreignActions = []string{"elasticmapreduce:DescribeSecurityConfiguration", "s3:GetObject", "s3:ListBucket", "s3:PutObject"}
+var foreignActions = []string{"elasticmapreduce:DescribeCluster", "elasticmapreduce:DescribeSecurityConfiguration", "s3:GetObject", "s3:ListBucket", "s3:PutObject"}
 
 // conditionKeys are those that our policies may use.
 // https://docs.aws.amazon.com/kms/latest/developerguide/conditions-kms.html

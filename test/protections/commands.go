@@ -104,6 +104,9 @@ func inCommands() []protection {
 		{"import-emr takes no key of a configuration that encrypts nothing", []edit{
 			{emr, "case !atRest:\n\t\te.leave(path, \"EnableAtRestEncryption is not true: EMR itself encrypts nothing under this configuration\")\n\t\te.nothing", "case false:\n\t\te.nothing"},
 		}, "./agent TestEMRKeysThatCannotBeUsed"},
+		{"import-emr takes no key of a cluster that the logs would not be under", []edit{
+			{"agent/emr_cluster.go", "e.leave(\"Cluster\", \"logs: %v\", err)\n\t\treturn", "l.KMSKey = \"\""},
+		}, "./agent TestImportEMRCluster"},
 		{"run does not ignore an argument that was to narrow it", []edit{
 			{run, "Args: args(cobra.NoArgs),\n", ""},
 		}, "./cmd/luks-kms-agent TestNothingIsIgnored"},

@@ -176,13 +176,21 @@ func (n *Node) launch(h hardware) {
 		drives = append(drives, data)
 	}
 	h.drives = append(drives, h.drives...)
-	vm, err := n.assets.start(h)
-	if err != nil {
-		n.tb.Fatalf("cannot start QEMU: %v", err)
-	}
-	n.vm = vm
-	if _, err := vm.ask(channel.Request{Op: channel.Exec, Command: "true", Timeout: time.Minute}, 3*time.Minute); err != nil {
-		n.tb.Fatalf("the node does not come up: %v (its console: %s)", err, n.console())
+	for hung := false; ; hung = true {
+		vm, err := n.assets.start(h)
+		if err != nil {
+			n.tb.Fatalf("cannot start QEMU: %v", err)
+		}
+		if _, err = vm.ask(channel.Request{Op: channel.Exec, Command: "true", Timeout: time.Minute}, 3*time.Minute); err == nil {
+			n.vm = vm
+			return
+		}
+		// What answers starts before anything of ours. One emulated boot of a hundred or so stands still before that, without a word on its console.
+		n.tb.Logf("the node does not come up: %v (its console: %s)", err, n.console())
+		vm.kill()
+		if hung {
+			n.tb.Fatalf("the node does not come up, twice")
+		}
 	}
 }
 

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -53,8 +55,17 @@ func TestLogsOfBadInput(t *testing.T) {
 			archive.ReasonAWSManaged, []string{"cannot use bucket " + logBucket, "alias/aws/s3 is an AWS managed key"}, 0},
 		"something else is locked there": {func(m *machine, s *s3test.S3) {
 			s.NewBucket(logBucket, s3test.Bucket{ObjectLock: true})
-			file := strings.TrimSuffix(m.cfg.Logs.Files[0], "*.log*") + "a.log"
-			s.Add(logBucket, "logs/c-1/node/"+kmstest.InstanceID+"/files"+file+"/000001-00000000000000000000.gz", []byte("theirs"), nil)
+			s.Deny("PutObject")
+			if _, err := m.node().ArchiveLogs(t.Context()); err == nil {
+				t.Fatal("S3 said no, and nothing said so")
+			}
+			s.Heal()
+			positions, err := os.ReadFile(filepath.Join(m.cfg.Logs.Spool, "positions.json"))
+			name := regexp.MustCompile(`"name": "(files/[^"]+)"`).FindSubmatch(positions) // only the spool knows it
+			if err != nil || name == nil {
+				t.Fatalf("%s, %v", positions, err)
+			}
+			s.Add(logBucket, "logs/c-1/node/"+kmstest.InstanceID+"/"+string(name[1]), []byte("theirs"), nil)
 		}, bucket(s3test.Bucket{}), archive.ReasonExists, []string{object, "PreconditionFailed"}, 0},
 		"Object Lock that wants more": {fault(s3test.Fault{Op: "PutObject", Code: "InvalidRequest"}), nil, archive.ReasonInvalid, []string{object, "InvalidRequest"}, 0},
 		"a clock that stays off": {fault(s3test.Fault{Code: "RequestTimeTooSkewed", Status: 403}), nil,

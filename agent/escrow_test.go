@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"os"
@@ -26,7 +27,7 @@ const escrowBucket = "escrow"
 var escrowModes = []archive.Mode{archive.SSE, archive.CSE}
 
 // withEscrow is a machine with an escrow under a key of its own.
-func withEscrow(t *testing.T, mode archive.Mode) (*machine, *s3test.S3) {
+func withEscrow(t testing.TB, mode archive.Mode) (*machine, *s3test.S3) {
 	t.Helper()
 	m := newMachine(t)
 	m.kms.Trust(m.imds) // also what S3 asks, it asks as the node's role
@@ -538,4 +539,44 @@ func TestNewestCopyThatCounts(t *testing.T) {
 	if err != nil || len(done) != 1 || done[0].Sent || done[0].URL == "" {
 		t.Errorf("%+v, %v", done, err)
 	}
+}
+
+// BenchmarkEscrow sends 24 headers to an S3 that takes 50 ms for each call, one after the other and as many at a time as Escrow does.
+func BenchmarkEscrow(b *testing.B) {
+	m, s := withEscrow(b, archive.SSE)
+	for i := range 24 {
+		m.disk(volumes.ClassEBS, fmt.Sprintf("vol-%02d", i))
+	}
+	m.runOK()
+	s.Fail(s3test.Fault{Delay: 50 * time.Millisecond})
+	sendAll := func(atOnce int) time.Duration {
+		m.cfg.Escrow.KMSKey = m.kms.NewKey(kmstest.KeySpec{}) // under another key nothing is there yet
+		n := m.node()
+		start := time.Now()
+		v, err := n.openVault(b.Context())
+		if err != nil {
+			b.Fatal(err)
+		}
+		copies, err := n.sendPending(b.Context(), v, nil, atOnce)
+		took := time.Since(start)
+		if err != nil || len(copies) != 24 {
+			b.Fatalf("%d sent, %v", len(copies), err)
+		}
+		for _, p := range copies {
+			if p.Err != nil || !p.Sent {
+				b.Fatalf("%s: sent %v, %v", p.Volume.Identity, p.Sent, p.Err)
+			}
+		}
+		return took
+	}
+	sendAll(escrowsAtOnce) // not measured: what is done once only
+	var serial, parallel time.Duration
+	for b.Loop() {
+		serial += sendAll(1)
+		parallel += sendAll(escrowsAtOnce)
+	}
+	b.ReportMetric(serial.Seconds()/float64(b.N), "serial-s")
+	b.ReportMetric(parallel.Seconds()/float64(b.N), "at-once-s")
+	b.ReportMetric(escrowsAtOnce, "at-once")
+	b.ReportMetric(serial.Seconds()/parallel.Seconds(), "serial/at-once")
 }

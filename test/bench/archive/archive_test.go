@@ -70,7 +70,7 @@ func TestSmallLog(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", b.agent, "../../../cmd/luks-kms-agent").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	r := results{mib: 20, started: time.Now(), escrow: []pair{{4, 1, 4}}}
+	r := results{mib: 20, started: time.Now(), escrow: []pair{{4, 1, 3, 1, 4}}}
 	if r.machine, err = machine(t.Context(), b.agent); err != nil {
 		t.Fatal(err)
 	}
@@ -103,9 +103,9 @@ func TestSmallLog(t *testing.T) {
 
 func TestReadPairs(t *testing.T) {
 	t.Parallel()
-	line := "BenchmarkEscrow-2   \t       1\t10335816113 ns/op\t         4.000 at-once\t         2.047 at-once-s\t         8.288 serial-s\t         4.050 serial/at-once\n"
+	line := "BenchmarkEscrow-2   \t       1\t10335816113 ns/op\t         4.000 at-once\t         2.047 at-once-s\t         8.288 serial-s\t         6.5 serial-sending-s\t   1.5 at-once-sending-s\n"
 	pairs, err := readPairs("goos: linux\n" + line + line + "PASS\n")
-	if err != nil || len(pairs) != 2 || pairs[1] != (pair{8.288, 2.047, 4}) {
+	if err != nil || len(pairs) != 2 || pairs[1] != (pair{8.288, 2.047, 6.5, 1.5, 4}) {
 		t.Errorf("%v, %v", pairs, err)
 	}
 	if _, err := readPairs(strings.Replace(line, "serial-s", "s", 1)); err == nil {

@@ -183,8 +183,9 @@ func (c comparison) ratio() float64 { return c.agent.took.Seconds() / c.gzip.too
 
 // pair is one round of the escrow.
 type pair struct {
-	serial, atOnce float64 // seconds
-	number         int     // how many at once
+	serial, atOnce               float64 // seconds
+	sendingSerial, sendingAtOnce float64 // of these, from the first header that is sent
+	number                       int     // how many at once
 }
 
 // escrow has package agent's own benchmark run: who sends headers needs disks, and only its tests make some up.

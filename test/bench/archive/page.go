@@ -95,7 +95,7 @@ func (r results) page() string {
 
 	say("## Time\n\n")
 	say("A log of %d MiB, made up of lines as Hadoop, Spark, the kubelet and a web server write them, goes from the page cache into an S3 on the same machine, by SSE-KMS. After each run it is read back, decrypted and compared.\n\n", r.mib)
-	say("- **agent**: `luks-kms-agent logs archive`, the program as it is shipped, with an empty spool. It compresses and syncs pieces of 8 MiB, puts each, and confirms it by a HEAD.\n")
+	say("- **agent**: `luks-kms-agent logs archive`, the program as it is shipped, with an empty spool. It compresses and syncs pieces of 8 MiB, and then puts one after the other and confirms it by a HEAD.\n")
 	say("- **gzip and upload**: `gzip -6` into an upload of one object, in parts of 8 MiB, 10 at a time, as `aws s3 cp -` does it. No spool, no positions, no confirmation: after a kill it begins anew.\n\n")
 	say("| | agent | gzip and upload | agent / gzip and upload |\n| --- | --- | --- | --- |\n")
 	row := func(what string, digits int, f func(run) float64) {
@@ -140,13 +140,13 @@ func (r results) page() string {
 	say("\n%d rounds. Before that each header is read and proven to open, and after it each is noted in the records and synced: one after the other in both.\n\n", len(r.escrow))
 
 	say("## What it means\n\n")
-	var ratios, cpu []float64
+	var cpu []float64
 	for _, c := range r.lines {
-		ratios, cpu = append(ratios, c.ratio()), append(cpu, c.agent.cpu.Seconds()/c.gzip.cpu.Seconds())
+		cpu = append(cpu, c.agent.cpu.Seconds()/c.gzip.cpu.Seconds())
 	}
 	least, most := r.memory[0], r.memory[len(shares)]
-	say("The agent takes %.2f times as long as gzip and an upload, and %.2f times their CPU time. Its memory does not follow the log: %.1f MiB for %d MiB of it, %.1f for %d. ",
-		median(ratios), median(cpu), median(least.peaks), least.mib, median(most.peaks), most.mib)
+	say("The agent takes %s times as long as gzip and an upload, and %.2f times their CPU time. Its memory does not follow the log: %.1f MiB for %d MiB of it, %.1f for %d. ",
+		spread(r.lines, 2, comparison.ratio), median(cpu), median(least.peaks), least.mib, median(most.peaks), most.mib)
 	var whole, sending []float64
 	for _, p := range r.escrow {
 		whole, sending = append(whole, p.serial/p.atOnce), append(sending, p.sendingSerial/p.sendingAtOnce)
@@ -154,7 +154,7 @@ func (r results) page() string {
 	say("With S3 50 ms away, 24 headers are sent and noted %.1f times as fast as one after the other, and the whole of it is %.1f times as fast: the rest is work of processor and disk.\n\n", median(sending), median(whole))
 
 	say("## What is not measured\n\n")
-	say("- S3, its network and TLS: on a real one the time that the agent waits for each piece counts, as it puts them one after the other, and does not compress meanwhile.\n")
+	say("- S3, its network and TLS: on a real one the time that the agent waits for each piece counts, and it does not compress meanwhile.\n")
 	say("- Disks: the log is in the page cache. The spool is synced, to whatever disk the tree is on.\n")
 	say("- `aws s3 cp` itself, and its start: the upload is a program of ours.\n")
 	say("- The journal, rotations, and lines longer than a piece, which may have up to 32 MiB and are held in memory.\n")

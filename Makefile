@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help build lint test-unit test-vm test test-s3-real demo session bench bench-baseline bench-compare fleet fuzz soak protections update-golden licenses man install package package-check clean
+.PHONY: help build lint test-unit test-vm test test-s3-real demo session bench bench-baseline bench-compare bench-archive fleet fuzz soak protections update-golden licenses man install package package-check clean
 
 GO      ?= go
 DESTDIR ?=
@@ -115,6 +115,10 @@ bench-compare: ## Go benchmarks beside those of the baseline, by benchstat
 	@mkdir -p $(CACHE)/tools
 	@$(GO) build -C test/tools -buildvcs=false -o $(CACHE)/tools/benchstat golang.org/x/perf/cmd/benchstat
 	@now=$$(mktemp); trap 'rm -f "$$now"' EXIT; $(call GOBENCH,6) >"$$now"; $(CACHE)/tools/benchstat $(BENCH)/go.txt "$$now"
+
+bench-archive: build ## logs archive beside gzip and an upload, its memory, and an escrow of 24 volumes; writes docs/benchmarks-archive.md (10 minutes)
+	@$(call need,cryptsetup-bin util-linux e2fsprogs gzip)
+	@$(GO) run ./test/bench/archive -agent $(BINARY)
 
 fleet: ## boot 100 and 1,000 nodes at once against a KMS with a quota: docs/benchmarks-fleet.md (5 minutes)
 	@$(GO) run ./test/bench/fleet -nodes 100,1000

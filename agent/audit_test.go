@@ -36,7 +36,7 @@ func (m *machine) hear(e systemd.Entry) error {
 }
 
 // events reads an audit log strictly.
-func events(t *testing.T, path string) []AuditLine {
+func events(t testing.TB, path string) []AuditLine {
 	t.Helper()
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -185,7 +185,7 @@ func (m *machine) uuidOf(d volumes.Device) string {
 
 // keySlotAreas are offset and size of each key slot's area, from the JSON of the primary or the secondary of a header's copies. In each the JSON comes
 // behind a binary header of 4096 bytes.
-func keySlotAreas(t *testing.T, copies []byte, secondary bool) (areas [][2]int) {
+func keySlotAreas(t testing.TB, copies []byte, secondary bool) (areas [][2]int) {
 	t.Helper()
 	half := len(copies) / 2
 	one := copies[:half]

@@ -475,7 +475,7 @@ func (p *parser) check() error {
 	if c.KMSKey == "" {
 		return p.fail(0, "kms_key is missing: it is the one field that must be set")
 	}
-	for name, endpoint := range map[string]string{"kms_endpoint": c.KMSEndpoint, "imds_endpoint": c.IMDSEndpoint, "escrow.s3_endpoint": c.Escrow.Endpoint} {
+	for name, endpoint := range map[string]string{"kms_endpoint": c.KMSEndpoint, "imds_endpoint": c.IMDSEndpoint, "escrow.s3_endpoint": c.Escrow.Endpoint, "logs.s3_endpoint": c.Logs.Endpoint} {
 		if err := keycache.CheckEndpoint(endpoint); err != nil {
 			return p.fail(p.lines[name], "%s: %w", name, err)
 		}

@@ -86,18 +86,8 @@ func (n *Node) Escrow(ctx context.Context, names []string) ([]Escrowed, error) {
 	if err != nil {
 		return nil, err
 	}
-	copies, err := n.pendingEscrows(ctx, names)
+	copies, err := n.sendPending(ctx, v, names, escrowsAtOnce)
 	if err != nil {
-		return nil, err
-	}
-	// The records are not locked while S3 is asked: a disk that is attached meanwhile must not wait for it.
-	eachOf(copies, escrowsAtOnce, func(p *pending) {
-		if p.Sent {
-			n.step("Sending the header of %s to %s", p.Volume.Identity, v.URL(p.note.Object))
-			p.Err = send(ctx, v, p.note.Object, p.backup)
-		}
-	})
-	if err := n.confirmEscrows(ctx, copies); err != nil {
 		return nil, err
 	}
 	n.tellMetrics(ctx, n.lastRun(), false)
@@ -109,6 +99,22 @@ func (n *Node) Escrow(ctx context.Context, names []string) ([]Escrowed, error) {
 		}
 	}
 	return done, ctx.Err()
+}
+
+// sendPending sends what is not safe yet, so many at a time.
+func (n *Node) sendPending(ctx context.Context, v vault, names []string, atOnce int) ([]pending, error) {
+	copies, err := n.pendingEscrows(ctx, names)
+	if err != nil {
+		return nil, err
+	}
+	// The records are not locked while S3 is asked: a disk that is attached meanwhile must not wait for it.
+	eachOf(copies, atOnce, func(p *pending) {
+		if p.Sent {
+			n.step("Sending the header of %s to %s", p.Volume.Identity, v.URL(p.note.Object))
+			p.Err = send(ctx, v, p.note.Object, p.backup)
+		}
+	})
+	return copies, n.confirmEscrows(ctx, copies)
 }
 
 // eachOf does something with each, several at a time.

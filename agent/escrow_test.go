@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -26,7 +28,7 @@ const escrowBucket = "escrow"
 var escrowModes = []archive.Mode{archive.SSE, archive.CSE}
 
 // withEscrow is a machine with an escrow under a key of its own.
-func withEscrow(t *testing.T, mode archive.Mode) (*machine, *s3test.S3) {
+func withEscrow(t testing.TB, mode archive.Mode) (*machine, *s3test.S3) {
 	t.Helper()
 	m := newMachine(t)
 	m.kms.Trust(m.imds) // also what S3 asks, it asks as the node's role
@@ -538,4 +540,54 @@ func TestNewestCopyThatCounts(t *testing.T) {
 	if err != nil || len(done) != 1 || done[0].Sent || done[0].URL == "" {
 		t.Errorf("%+v, %v", done, err)
 	}
+}
+
+// BenchmarkEscrow sends 24 headers to an S3 that takes 50 ms for each call, one after the other and as many at a time as Escrow does.
+func BenchmarkEscrow(b *testing.B) {
+	m, s := withEscrow(b, archive.SSE)
+	for i := range 24 {
+		m.disk(volumes.ClassEBS, fmt.Sprintf("vol-%02d", i))
+	}
+	m.runOK()
+	s.Fail(s3test.Fault{Delay: 50 * time.Millisecond})
+	sendAll := func(atOnce int) (whole, sending time.Duration) {
+		m.cfg.Escrow.KMSKey = m.kms.NewKey(kmstest.KeySpec{}) // under another key nothing is there yet
+		n := m.node()
+		start := time.Now()
+		var first time.Time
+		var once sync.Once
+		n.Progress = func(text string) {
+			if strings.HasPrefix(text, "Sending") {
+				once.Do(func() { first = time.Now() })
+			}
+		}
+		v, err := n.openVault(b.Context())
+		if err != nil {
+			b.Fatal(err)
+		}
+		copies, err := n.sendPending(b.Context(), v, nil, atOnce)
+		end := time.Now()
+		if err != nil || len(copies) != 24 {
+			b.Fatalf("%d sent, %v", len(copies), err)
+		}
+		for _, p := range copies {
+			if p.Err != nil || !p.Sent {
+				b.Fatalf("%s: sent %v, %v", p.Volume.Identity, p.Sent, p.Err)
+			}
+		}
+		return end.Sub(start), end.Sub(first)
+	}
+	sendAll(escrowsAtOnce) // not measured: what is done once only
+	var all [4]time.Duration
+	for b.Loop() {
+		for i, atOnce := range []int{1, escrowsAtOnce} {
+			whole, sending := sendAll(atOnce)
+			all[i] += whole
+			all[i+2] += sending
+		}
+	}
+	for i, unit := range []string{"serial-s", "at-once-s", "serial-sending-s", "at-once-sending-s"} {
+		b.ReportMetric(all[i].Seconds()/float64(b.N), unit)
+	}
+	b.ReportMetric(escrowsAtOnce, "at-once")
 }

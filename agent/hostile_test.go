@@ -218,7 +218,7 @@ func TestForeignDisksInRun(t *testing.T) {
 }
 
 // tool runs a real program.
-func tool(t *testing.T, input, name string, args ...string) {
+func tool(t testing.TB, input, name string, args ...string) {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	for _, dir := range []string{"/usr/sbin", "/sbin"} {

@@ -125,7 +125,8 @@ func (n *Node) sendPieces(ctx context.Context, v vault, prefix string, spool *lo
 		if err != nil {
 			return fmt.Errorf("cannot send %s: %w", p.Name, err)
 		}
-		data, err := io.ReadAll(f)
+		data := make([]byte, p.Size) // it is all that is held in memory, and does not have to grow
+		_, err = io.ReadFull(f, data)
 		if err = errors.Join(err, f.Close()); err != nil {
 			return fmt.Errorf("cannot send %s: %w", p.Name, err)
 		}

@@ -224,6 +224,7 @@ func TestLogsConfiguration(t *testing.T) {
 		good + files + "  spool_dir: spool\n":                         "c:6: logs.spool_dir is \"spool\"",
 		good + files + "  spool_dir: /var/lib/luks-kms-agent/spool\n": "not below state_dir",
 		good + files + "  kms_key: alias/x\n":                         "is no key ARN",
+		good + files + "  s3_endpoint: http://s3.example\n":           "c:6: logs.s3_endpoint",
 		strings.Replace(good, "c-1", "a/b", 1) + files:                "c:2: logs.cluster is \"a/b\"",
 	}) {
 		if _, err := parseConfig("c", []byte(text)); err == nil || !strings.Contains(err.Error(), says) {

@@ -22,7 +22,7 @@ import (
 )
 
 // parse reads metrics with Prometheus's own parser.
-func parse(t *testing.T, text []byte) map[string]*dto.MetricFamily {
+func parse(t testing.TB, text []byte) map[string]*dto.MetricFamily {
 	t.Helper()
 	parser := expfmt.NewTextParser(model.LegacyValidation)
 	families, err := parser.TextToMetricFamilies(bytes.NewReader(text))

@@ -35,7 +35,7 @@ import (
 // records, headers and keys. Only what needs a kernel of one's own is stood in
 // for: mappings, mounts, and the lock on a device node.
 type machine struct {
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	kms     *kmstest.KMS
 	imds    *kmstest.IMDS
@@ -65,9 +65,11 @@ type machine struct {
 	fail func(step, what string) error
 }
 
-func newMachine(t *testing.T) *machine {
+func newMachine(t testing.TB) *machine {
 	t.Helper()
-	t.Parallel()
+	if t, ok := t.(*testing.T); ok { // a benchmark is alone
+		t.Parallel()
+	}
 	m := &machine{
 		t: t, dir: t.TempDir(), kms: kmstest.NewKMS(t), imds: kmstest.NewIMDS(t),
 		open: map[string]string{}, unfinished: map[string]bool{}, gone: map[string]bool{}, mounts: map[string]string{}, held: map[string]bool{}, swaps: map[string]bool{},

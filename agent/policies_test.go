@@ -35,7 +35,7 @@ func (m *machine) shippedPolicy(kind kmstest.PolicyKind, name, newKey string) *k
 }
 
 // onlyAllows is a role's policy that allows operations on each key, by ARN, and nothing else.
-func onlyAllows(t *testing.T, on map[string][]string) *kmstest.Policy {
+func onlyAllows(t testing.TB, on map[string][]string) *kmstest.Policy {
 	t.Helper()
 	type statement struct {
 		Sid, Effect, Resource string

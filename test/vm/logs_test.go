@@ -50,11 +50,12 @@ EOF
 	n.Await("the first lines", time.Minute, func() bool { return send().Code == 0 && count() >= 2 })
 
 	// The disk under the spool is full, of what is not ours: what cannot be kept there is read again later.
-	n.Sh("head -c 4000000 /dev/urandom | base64 >/var/log/app/big.log; fallocate -l $(($(stat -f -c '%f*%S' /) - 1000000)) /full")
+	// ext4 keeps 16 MiB for itself that are free, and nobody's.
+	n.Sh("head -c 4000000 /dev/urandom | base64 >/var/log/app/big.log; sync; fallocate -l $(($(stat -f -c '%f*%S' /) - 64000000)) /full; ! dd if=/dev/zero of=/full2 bs=1M")
 	if r := send(); r.Code == 0 || !strings.Contains(r.Stderr, "no space left on device") {
 		t.Errorf("the disk is full: %s", r)
 	}
-	n.Sh("rm /full")
+	n.Sh("rm /full /full2")
 	if r := send(); r.Code != 0 || !strings.Contains(n.Sh("luks-kms-agent status"), "Logs: all sent ") {
 		t.Errorf("there is room again: %s", r)
 	}

@@ -213,9 +213,9 @@ func ReadSummary(dir string) (Summary, error) {
 	return st.summary(), err
 }
 
-// Files are all files of the spool in a directory, but the lock: first the pieces that wait.
+// Files are all files of the spool in a directory, but the lock, in the order in which they may be removed: without positions no piece counts.
 func Files(dir string) (files []string, err error) {
-	for _, d := range []string{filepath.Join(dir, spoolDir), dir} {
+	for _, d := range []string{dir, filepath.Join(dir, spoolDir)} {
 		entries, err := os.ReadDir(d)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue

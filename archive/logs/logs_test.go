@@ -401,6 +401,28 @@ func TestClosedIsUnlocked(t *testing.T) {
 	s.Close()
 }
 
+// TestFiles: who removes them one after the other may be cut anywhere; a spool that is used after that begins anew.
+func TestFiles(t *testing.T) {
+	for cut := range 3 {
+		d := newDesk(t)
+		d.write("a.log", "1\n")
+		s, err := Open(d.o)
+		d.must(err)
+		_, err = s.Collect(t.Context())
+		d.must(err)
+		s.Close()
+		files, err := Files(d.o.Dir)
+		d.must(err)
+		if len(files) != 2 {
+			t.Fatalf("%q", files)
+		}
+		for _, f := range files[:cut] {
+			d.must(os.Remove(f))
+		}
+		d.want(fmt.Sprintf("cut after %d", cut), map[string]string{"a.log": "1\n"}, 0)
+	}
+}
+
 func TestBadSpool(t *testing.T) {
 	d := newDesk(t)
 	d.write("a.log", "1\n")

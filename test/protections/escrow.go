@@ -36,6 +36,7 @@ func inEscrow() []protection {
 		one("pieces of a spool that begins anew have names of their own", "archive/logs/collect.go", `"%s/%s-%06d-%020d.gz", sourceName("files", p.Path), s.state.Spool`, `"%s/%.0s%06d-%020d.gz", sourceName("files", p.Path), s.state.Spool`, "./agent TestLogsStatus"),
 		one("an image gets no spool", "agent/seal.go", "	for _, path := range pieces {\n", "	for _, path := range pieces[:0] {\n", "./agent TestLogsStatus"),
 		one("no image is sealed while logs are archived", "agent/seal.go", "			s.Refused = append(s.Refused, err)\n		} else {\n			defer release()", "		} else {\n			defer release()", "./agent TestLogsStatus"),
+		one("a spool that is cleared by half is none", "archive/logs/logs.go", "[]string{dir, filepath.Join(dir, spoolDir)}", "[]string{filepath.Join(dir, spoolDir), dir}", "./archive/logs TestFiles"),
 		one("a spool that is closed is free at once", "archive/logs/logs.go", "_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)\n", "", "./archive/logs TestClosedIsUnlocked"),
 		one("a line that is longer than a piece is not lost", "archive/logs/collect.go", "return append(line, part[:room]...), false, nil", "return line, false, nil", "./archive/logs TestPiecesAndLongLines"),
 		one("a copy is no file that overwrites another", escrow, "	there, rerr := keycache.ReadBackup(path)\n	if rerr != nil || there.Manifest != b.Manifest {\n		return err\n	}\n", "", "./agent TestFetchOverwritesNothing"),

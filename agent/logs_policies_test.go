@@ -2,7 +2,6 @@ package agent
 
 import (
 	"errors"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -16,14 +15,7 @@ import (
 // logRole is log-role.json for this machine's key, and the permissions of S3 that it gives.
 func (m *machine) logRole() (p *kmstest.Policy, ofS3 []string) {
 	m.t.Helper()
-	text, err := os.ReadFile(filepath.Join(policiesDir, "log-role.json"))
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	mine := strings.NewReplacer("arn:aws:kms:us-east-1:111122223333:key/3456cdef-34cd-56ef-78ab-3456789012cd", m.cfg.Logs.KMSKey, ":::my-logs", ":::"+logBucket)
-	if p, err = kmstest.ParsePolicy(kmstest.RolePolicy, []byte(mine.Replace(string(text)))); err != nil {
-		m.t.Fatal(err)
-	}
+	p = m.shippedPolicy(kmstest.RolePolicy, "log-role", "", "arn:aws:kms:us-east-1:111122223333:key/3456cdef-34cd-56ef-78ab-3456789012cd", m.cfg.Logs.KMSKey, ":::my-logs", ":::"+logBucket)
 	for permission := range escrowPermissions {
 		on := "arn:aws:s3:::" + logBucket
 		if permission != "ListBucket" {

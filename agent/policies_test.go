@@ -17,17 +17,17 @@ import (
 
 const policiesDir = "../packaging/policies"
 
-// shippedPolicy is one of ours, for this machine's keys and role.
-func (m *machine) shippedPolicy(kind kmstest.PolicyKind, name, newKey string) *kmstest.Policy {
+// shippedPolicy is one of ours, for this machine's keys and role; mine is what else has another name here, in pairs.
+func (m *machine) shippedPolicy(kind kmstest.PolicyKind, name, newKey string, mine ...string) *kmstest.Policy {
 	m.t.Helper()
 	text, err := os.ReadFile(filepath.Join(policiesDir, name+".json"))
 	if err != nil {
 		m.t.Fatal(err)
 	}
 	const arn = "arn:aws:kms:us-east-1:111122223333:key/"
-	mine := strings.NewReplacer(arn+"1234abcd-12ab-34cd-56ef-1234567890ab", m.kms.ARN(), arn+"0987dcba-09fe-87dc-65ba-ab0987654321", newKey,
+	mine = append(mine, arn+"1234abcd-12ab-34cd-56ef-1234567890ab", m.kms.ARN(), arn+"0987dcba-09fe-87dc-65ba-ab0987654321", newKey,
 		"arn:aws:iam::111122223333:role/NODE-ROLE", kmstest.RoleARN)
-	p, err := kmstest.ParsePolicy(kind, []byte(mine.Replace(string(text))))
+	p, err := kmstest.ParsePolicy(kind, []byte(strings.NewReplacer(mine...).Replace(string(text))))
 	if err != nil {
 		m.t.Fatalf("%s: %v", name, err)
 	}

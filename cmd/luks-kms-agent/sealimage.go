@@ -21,8 +21,8 @@ func newSealImage(opts *globalOptions) *cobra.Command {
 		Short: "Make this machine ready to become an image",
 		Long: `Take off the boot volume what is this node's, as the last step before an image is
 made of it: the records of volumes and data keys, the audit log, what waits to be sent
-of other logs, and how the last run went. Each instance of the image then makes a data key of its own. The configuration
-stays. No disk is written to, and KMS is not asked.
+of other logs, and how the last run went. Each instance of the image then makes a data
+key of its own. The configuration stays. No disk is written to, and KMS is not asked.
 
 It refuses while a volume is open: lock first. The records of a volume that is attached
 go to quarantine, which no run reads. A record whose volume is not attached may be the

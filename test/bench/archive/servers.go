@@ -16,6 +16,7 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/archive/s3test"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
+	"github.com/luks-kms-agent/luks-kms-agent/test/bench/alone"
 )
 
 const bucket = "logs"
@@ -35,26 +36,26 @@ type stored struct {
 
 // serve is a process by itself, so that its memory is not the subject's: an IMDS, a KMS and an S3, until in ends. It tells their places first, and what
 // the subject has put there last.
-func serve(in io.Reader, out io.Writer) (err error) {
-	o := &owner{}
-	defer func() { err = errors.Join(err, o.end()) }()
-	imds, kms := kmstest.NewIMDS(o), kmstest.NewKMS(o)
-	kms.Trust(imds)
-	kms.AllowContext()
-	s := s3test.New(o, s3test.Options{KMS: kms.URL()})
-	s.NewBucket(bucket, s3test.Bucket{})
-	p := places{IMDS: imds.URL(), KMS: kms.URL(), S3: s.URL(), Key: kms.ARN()}
-	if err := json.NewEncoder(out).Encode(p); err != nil {
-		return err
-	}
-	if _, err := io.Copy(io.Discard, in); err != nil {
-		return err
-	}
-	there, err := readBack(context.Background(), p, s)
-	if err != nil {
-		return fmt.Errorf("cannot read back what was stored: %w", err)
-	}
-	return json.NewEncoder(out).Encode(there)
+func serve(in io.Reader, out io.Writer) error {
+	return alone.With(func(t testing.TB) error {
+		imds, kms := kmstest.NewIMDS(t), kmstest.NewKMS(t)
+		kms.Trust(imds)
+		kms.AllowContext()
+		s := s3test.New(t, s3test.Options{KMS: kms.URL()})
+		s.NewBucket(bucket, s3test.Bucket{})
+		p := places{IMDS: imds.URL(), KMS: kms.URL(), S3: s.URL(), Key: kms.ARN()}
+		if err := json.NewEncoder(out).Encode(p); err != nil {
+			return err
+		}
+		if _, err := io.Copy(io.Discard, in); err != nil {
+			return err
+		}
+		there, err := readBack(context.Background(), p, s)
+		if err != nil {
+			return fmt.Errorf("cannot read back what was stored: %w", err)
+		}
+		return json.NewEncoder(out).Encode(there)
+	})
 }
 
 // readBack is what is in the bucket, in the order of the names.
@@ -94,22 +95,4 @@ func (p places) client() (*s3.Client, error) {
 		return nil, err
 	}
 	return s3.New(s3.Options{Region: s3test.Region, Credentials: node.Credentials(), UsePathStyle: true, BaseEndpoint: &p.S3}), nil
-}
-
-// owner stands for the test that the servers belong to: they are test kits, and this is a program.
-type owner struct {
-	testing.TB // never called but for what is here
-	cleanups   []func()
-	err        error
-}
-
-func (o *owner) Cleanup(f func()) { o.cleanups = append(o.cleanups, f) }
-
-func (o *owner) Errorf(format string, args ...any) { o.err = fmt.Errorf(format, args...) }
-
-func (o *owner) end() error {
-	for i := len(o.cleanups) - 1; i >= 0; i-- {
-		o.cleanups[i]()
-	}
-	return o.err
 }

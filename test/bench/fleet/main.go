@@ -40,6 +40,8 @@ import (
 	"testing"
 	"text/tabwriter"
 	"time"
+
+	"github.com/luks-kms-agent/luks-kms-agent/test/bench/alone"
 )
 
 // shares of the rate at which nodes boot, in percent, that are tried as quota. Below 50 a second request of every second node cannot
@@ -79,7 +81,7 @@ func bench(ctx context.Context, args []string, out io.Writer) error {
 	fmt.Fprintln(table, strings.Join(rows[0], "\t")+"\t")
 	for _, f := range fleets {
 		var o outcome
-		o, err = alone(func(t testing.TB) (outcome, error) { return f.run(ctx, t) })
+		err = alone.With(func(t testing.TB) (err error) { o, err = f.run(ctx, t); return err })
 		if err != nil {
 			err = fmt.Errorf("cannot boot %d nodes: %w", f.nodes, err)
 			break
@@ -171,28 +173,4 @@ func writeCSV(name string, rows [][]string) error {
 		return fmt.Errorf("cannot write the table: %w", err)
 	}
 	return nil
-}
-
-// owner stands for the test that kmstest's servers belong to: they are test kits, and this is a program.
-type owner struct {
-	testing.TB // never called but for what is here
-	cleanups   []func()
-	err        error
-}
-
-func (o *owner) Cleanup(f func()) { o.cleanups = append(o.cleanups, f) }
-
-func (o *owner) Errorf(format string, args ...any) { o.err = fmt.Errorf(format, args...) }
-
-// alone calls f with servers that end with it.
-func alone(f func(testing.TB) (outcome, error)) (outcome, error) {
-	o := &owner{}
-	result, err := f(o)
-	for i := len(o.cleanups) - 1; i >= 0; i-- {
-		o.cleanups[i]()
-	}
-	if err == nil {
-		err = o.err
-	}
-	return result, err
 }

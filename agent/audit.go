@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -115,7 +116,18 @@ const (
 
 // audit writes down a security event, in the audit log and in the journal. It never fails: what cannot be written is warned of
 // and stands in the status, and the node comes up all the same.
-func (n *Node) audit(e Event) { n.auditLog.add(e) }
+func (n *Node) audit(e Event) {
+	n.auditLog.add(e)
+	if e.Err == nil && slices.Contains(changesEscrow, e.Kind) {
+		n.changed.Store(true)
+	}
+}
+
+// changesEscrow are the events after which what is in the escrow is not what is on the disk.
+var changesEscrow = []EventKind{
+	EventDataKeyRewrapped, EventDataKeyRotated, EventVolumeFormatted, EventVolumeAdopted, EventHeaderRestored, EventHeaderRestoredFromBackup,
+	EventKeySlotRemoved, EventRecoveryKeyAdded, EventRecoveryKeyRemoved,
+}
 
 // auditOutcome writes down an action that went wrong and of which no event tells yet.
 func (n *Node) auditOutcome(o Outcome) {

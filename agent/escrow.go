@@ -26,6 +26,9 @@ var ErrNoEscrow = errors.New("cannot use the escrow: the configuration has none"
 // escrowTimeout is how long S3 is asked about one copy, with all that is tried again.
 const escrowTimeout = 2 * time.Minute
 
+// startTimeout is how long systemd may take to queue a start.
+const startTimeout = 5 * time.Second
+
 // headsAtOnce is how many objects S3 is asked about at a time.
 const headsAtOnce = 16
 
@@ -38,6 +41,8 @@ type vault interface {
 	Get(ctx context.Context, name string) ([]byte, archive.Object, error)
 	Head(ctx context.Context, name string) (archive.Object, error)
 	List(ctx context.Context, prefix string) ([]archive.Object, error)
+	// CheckBucket tells why a prefix cannot be listed: there is no such bucket, or the role may not.
+	CheckBucket(ctx context.Context, prefix string) error
 	// Check tells why an object is not encrypted as it has to be.
 	Check(archive.Object) error
 	URL(name string) string
@@ -67,6 +72,18 @@ func (n *Node) openVault(ctx context.Context) (vault, error) {
 		return nil, ErrNoEscrow
 	}
 	return n.vault(ctx, n.cfg.Escrow.options())
+}
+
+// escrowChanges has what changed sent at once, where the timer is on: it comes every few minutes only. Nobody waits for it.
+func (n *Node) escrowChanges() {
+	if n.cfg.Escrow.Bucket == "" || !n.changed.Swap(false) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	if err := n.sendEscrow(ctx); err != nil && !errors.Is(err, systemd.ErrNoSystemd) {
+		n.log.Warn("what changed is escrowed when the timer comes", zap.Error(err))
+	}
 }
 
 // pending is an escrow that is to be put.

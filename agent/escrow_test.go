@@ -20,6 +20,7 @@ import (
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
 	"github.com/luks-kms-agent/luks-kms-agent/luks/lukstest"
+	"github.com/luks-kms-agent/luks-kms-agent/systemd"
 	"github.com/luks-kms-agent/luks-kms-agent/volumes"
 )
 
@@ -150,6 +151,64 @@ func TestEscrow(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestEscrowIsSentAfterAChange: each command that changes what is in a copy has it sent when it ends, and no other does.
+func TestEscrowIsSentAfterAChange(t *testing.T) {
+	m, _ := withEscrow(t, archive.SSE)
+	d := m.disk(volumes.ClassEBS, "vol-1")
+	var paper, file string
+	for _, c := range []struct {
+		what  string
+		do    func() error
+		sends int
+	}{
+		{"the first run", func() error { m.runOK(); return nil }, 1},
+		{"escrow put", func() error { _, err := m.escrow(); return err }, 0},
+		{"a reboot", func() error { m.reboot(); m.runOK(); return nil }, 0},
+		{"rotate", func() error { _, err := m.rotate(); return err }, 1},
+		{"recovery-key add", func() (err error) { paper, err = m.addRecovery(false); return err }, 1},
+		{"recovery-key test", func() error { return m.testRecovery(paper) }, 0},
+		{"recovery-key remove", func() error { return m.removeRecovery() }, 1},
+		{"rewrap", func() error { _, err := m.rewrap(m.kms.NewKey(kmstest.KeySpec{})); return err }, 1},
+		{"header backup", func() error { files, err := m.backUp(); file = files["vol-1"]; return err }, 0},
+		{"lock", func() error { m.lockAll(); return nil }, 0},
+		{"header restore", func() error { m.destroy(d); _, err := m.restore(file, "vol-1"); return err }, 1},
+		{"rotate while KMS says no", func() error {
+			m.kms.Deny("GenerateDataKey")
+			defer m.kms.Heal()
+			done, err := m.rotate()
+			for _, r := range done {
+				err = errors.Join(err, r.Err)
+			}
+			if err == nil {
+				return errors.New("KMS was not asked")
+			}
+			return nil
+		}, 0},
+		{"rotate without systemd", func() error {
+			m.fail = func(step, _ string) error {
+				if step == "send" {
+					return systemd.ErrNoSystemd
+				}
+				return nil
+			}
+			_, err := m.rotate()
+			return err
+		}, 1},
+	} {
+		m.sends = 0
+		if err := c.do(); err != nil {
+			t.Fatalf("%s: %v", c.what, err)
+		}
+		if m.sends != c.sends {
+			t.Errorf("%s: the escrow was to be sent %d times, want %d", c.what, m.sends, c.sends)
+		}
+	}
+	m.cfg.Escrow.Bucket, m.sends = "", 0
+	if _, err := m.rotate(); err != nil || m.sends != 0 {
+		t.Errorf("without an escrow: sent %d times, %v", m.sends, err)
 	}
 }
 

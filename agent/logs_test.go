@@ -33,11 +33,15 @@ func withLogs(t *testing.T) (m *machine, s *s3test.S3, dir string) {
 	s = s3test.New(t, s3test.Options{KMS: m.kms.URL()})
 	s.NewBucket(logBucket, s3test.Bucket{})
 	dir = t.TempDir()
+	m.archiveLogsTo(s, dir)
+	return m, s, dir
+}
+
+func (m *machine) archiveLogsTo(s *s3test.S3, dir string) {
 	m.cfg.Logs = LogsConfig{
 		Bucket: logBucket, Prefix: "logs/", Cluster: "c-1", KMSKey: m.kms.NewKey(kmstest.KeySpec{}), Endpoint: s.URL(),
 		Files: []string{filepath.Join(dir, "*.log*")}, Spool: filepath.Join(m.dir, "spool"), MaxSpool: 16,
 	}
-	return m, s, dir
 }
 
 func appendTo(t *testing.T, path, text string) {

@@ -6,6 +6,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -87,9 +89,13 @@ type Node struct {
 	maps  mapper
 	// stripes makes and assembles arrays.
 	stripes stripes
-	// vault opens a bucket.
-	vault  func(context.Context, archive.Options) (vault, error)
-	mounts func(context.Context) (mounter, error)
+	// vault opens a bucket, and checkKey looks at a key that is not the volumes', by its ARN.
+	vault    func(context.Context, archive.Options) (vault, error)
+	checkKey func(ctx context.Context, arn string) (keycache.KeyFacts, error)
+	mounts   func(context.Context) (mounter, error)
+	// sendEscrow has the escrow's service send what changed, if that is on; changed says that something did.
+	sendEscrow func(context.Context) error
+	changed    atomic.Bool
 	// service is what systemd knows of the agent's service.
 	service  func(context.Context) (systemd.UnitFacts, error)
 	lockWait time.Duration
@@ -126,6 +132,14 @@ func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 			facts, err := systemd.Look(ctx)
 			return facts.Service, err
 		},
+		sendEscrow: func(ctx context.Context) error {
+			m, err := systemd.Connect(ctx)
+			if err != nil {
+				return err
+			}
+			defer m.Close()
+			return m.StartWhere(ctx, "luks-kms-agent-escrow.service", "luks-kms-agent-escrow.timer")
+		},
 		lockWait:   lockWait,
 		usage:      volumes.Usage,
 		statusPath: DefaultStatusPath,
@@ -136,7 +150,7 @@ func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 		atStep:     stepHook(),
 		wipeKeys:   keycache.WipeAll,
 	}
-	client, err := keycache.New(keycache.Options{
+	options := keycache.Options{
 		KeyID:        cfg.KMSKey,
 		Region:       cfg.Region,
 		KMSEndpoint:  cfg.KMSEndpoint,
@@ -151,9 +165,19 @@ func New(cfg Config, log *zap.Logger, by Program) (*Node, error) {
 			n.tell(fmt.Sprintf("Waiting for %s, attempt %d: %v", r.Op, r.Attempt, r.Err))
 			systemd.ExtendTimeout(r.Wait + cfg.CallTimeout + time.Minute)
 		},
-	})
+	}
+	client, err := keycache.New(options)
 	if err != nil {
 		return nil, err
+	}
+	n.checkKey = func(ctx context.Context, arn string) (keycache.KeyFacts, error) {
+		o := options
+		o.KeyID, o.Region = arn, strings.Split(arn, ":")[3]
+		c, err := keycache.New(o)
+		if err != nil {
+			return keycache.KeyFacts{}, err
+		}
+		return c.CheckKey(ctx)
 	}
 	n.vault = func(ctx context.Context, o archive.Options) (vault, error) {
 		o.Credentials, o.KMSEndpoint, o.Timeout = client.Credentials(), cfg.KMSEndpoint, escrowTimeout
@@ -249,7 +273,7 @@ func (n *Node) lockRecords(ctx context.Context) (*keycache.Store, func(), error)
 	if err != nil {
 		return nil, nil, err
 	}
-	return store, func() { n.auditLog.finish(); release() }, nil
+	return store, func() { n.auditLog.finish(); release(); n.escrowChanges() }, nil
 }
 
 // checkStateDir refuses a state directory that a symlink leads somewhere else:

@@ -13,6 +13,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/luks-kms-agent/luks-kms-agent/archive"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
 	"github.com/luks-kms-agent/luks-kms-agent/systemd"
@@ -26,8 +27,8 @@ type CheckResult string
 const (
 	CheckOK      CheckResult = "ok"
 	CheckWarning CheckResult = "warning" // a run works, but something is not as it should be
-	CheckFailure CheckResult = "failure" // a run would fail
-	CheckSkipped CheckResult = "skipped" // it depends on one that failed
+	CheckFailure CheckResult = "failure" // a run, the escrow or the archive of logs would fail
+	CheckSkipped CheckResult = "skipped" // it depends on one that failed, or what it would ask is not allowed and not needed
 )
 
 // Check is one thing that a run depends on.
@@ -43,6 +44,7 @@ var (
 	ErrOtherRegion    = errors.New("KMS is called in another region than the node's")
 	ErrClockOff       = errors.New("the node's clock is wrong")
 	ErrMayNotDescribe = errors.New("the role may not call DescribeKey: the key's kind and state are not known")
+	ErrMayNotList     = errors.New("the role may not list the bucket")
 	ErrNoReplace      = errors.New("this cryptsetup cannot replace tokens")
 	ErrNotOnBoot      = errors.New("it is not on the boot volume")
 	ErrOldSystemd     = errors.New("this systemd is too old")
@@ -132,7 +134,7 @@ func (p *Preflight) checks() []check {
 	if p.node != nil && p.node.cfg.Region == "" {
 		inRegion = append(inRegion, metadata)
 	}
-	return []check{
+	checks := []check{
 		{name: configuration, run: p.configuration},
 		{name: metadata, needs: []string{configuration}, run: p.metadata},
 		{name: credentials, needs: []string{metadata}, run: p.credentials},
@@ -150,6 +152,22 @@ func (p *Preflight) checks() []check {
 		{name: cloudInit, run: p.cloudInits},
 		{name: memory, after: []string{manager}, run: p.memory},
 	}
+	if p.node == nil {
+		return checks
+	}
+	add := func(section string, o archive.Options, prefix string) {
+		if o.Bucket == "" {
+			return
+		}
+		checks = append(checks,
+			check{name: section + " key", needs: []string{credentials, endpoint}, after: []string{clockCheck},
+				run: func(ctx context.Context) (string, error) { return p.archiveKey(ctx, o.KeyARN) }},
+			check{name: section + " bucket", needs: []string{credentials, region}, after: []string{clockCheck},
+				run: func(ctx context.Context) (string, error) { return p.bucket(ctx, o, prefix) }})
+	}
+	add("escrow", p.node.cfg.Escrow.options(), p.node.cfg.Escrow.Prefix)
+	add("logs", p.node.cfg.Logs.options(), p.node.cfg.Logs.Prefix)
+	return checks
 }
 
 // Run makes the checks, those that do not depend on each other at the same time, and returns them in an order that is
@@ -303,7 +321,47 @@ func (p *Preflight) kmsKey(ctx context.Context) (string, error) {
 	case !f.Checked:
 		return "", warning{fmt.Errorf("%w (%s)", ErrMayNotDescribe, p.node.cfg.KMSKey)}
 	}
-	return fmt.Sprintf("%s, customer managed, %s, %s", f.ARN, f.Spec, f.State), nil
+	return keyDetail(f), nil
+}
+
+func keyDetail(f keycache.KeyFacts) string {
+	return fmt.Sprintf("%s, customer managed, %s, %s", f.ARN, f.Spec, f.State)
+}
+
+// archiveKey looks at the key of the escrow or the logs. It is for whoever configures: the node's role does not need DescribeKey there,
+// so that it may not is no warning.
+func (p *Preflight) archiveKey(ctx context.Context, arn string) (string, error) {
+	if p.errClock != nil {
+		return "", dependsOn(clockCheck)
+	}
+	f, err := p.node.checkKey(ctx, arn)
+	switch {
+	case err != nil:
+		return f.ARN, err
+	case !f.Checked:
+		return "", skipped(fmt.Sprintf("%v (%s)", ErrMayNotDescribe, arn))
+	}
+	return keyDetail(f), nil
+}
+
+// bucket puts nothing there: what is in an archive stays.
+func (p *Preflight) bucket(ctx context.Context, o archive.Options, prefix string) (string, error) {
+	if p.errClock != nil {
+		return "", dependsOn(clockCheck)
+	}
+	v, err := p.node.vault(ctx, o)
+	if err != nil {
+		return "", err
+	}
+	err = v.CheckBucket(ctx, prefix)
+	var e *archive.Error
+	switch {
+	case errors.As(err, &e) && e.Reason == archive.ReasonDenied:
+		return "", warning{fmt.Errorf("%w: %w", ErrMayNotList, err)}
+	case err != nil:
+		return "", err
+	}
+	return fmt.Sprintf("%s can be listed", v.URL(prefix)), nil
 }
 
 // dataKey proves what the first boot and every other one need of KMS. Nothing of it is kept.

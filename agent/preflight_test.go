@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/luks-kms-agent/luks-kms-agent/archive"
+	"github.com/luks-kms-agent/luks-kms-agent/archive/s3test"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache"
 	"github.com/luks-kms-agent/luks-kms-agent/keycache/kmstest"
 	"github.com/luks-kms-agent/luks-kms-agent/luks"
@@ -32,8 +34,10 @@ type inspected struct {
 	memory    error
 }
 
-func newInspected(t *testing.T) *inspected {
-	m := &inspected{machine: newMachine(t)}
+func newInspected(t *testing.T) *inspected { return inspect(newMachine(t)) }
+
+func inspect(on *machine) *inspected {
+	t, m := on.t, &inspected{machine: on}
 	m.cfg.RetryLimit = -1
 	m.cfg.Path = filepath.Join(m.dir, "config.yaml")
 	if err := os.WriteFile(m.cfg.Path, nil, 0o600); err != nil {
@@ -134,7 +138,6 @@ func TestPreflightFinds(t *testing.T) {
 			return errors.As(err, &e) && e.Reason == r
 		}
 	}
-	is := func(want error) func(error) bool { return func(err error) bool { return errors.Is(err, want) } }
 	configured := func(err error) bool {
 		var e *ConfigError
 		return errors.As(err, &e)
@@ -244,6 +247,121 @@ func TestPreflightFinds(t *testing.T) {
 		})
 	}
 }
+
+// TestPreflightOfArchives: the key and the bucket of the escrow and of the logs are looked at, nothing is put there, and no data key is
+// asked for under those keys.
+func TestPreflightOfArchives(t *testing.T) {
+	reason := func(r keycache.Reason) func(error) bool {
+		return func(err error) bool {
+			var e *keycache.Error
+			return errors.As(err, &e) && e.Reason == r
+		}
+	}
+	ofS3 := func(r archive.Reason) func(error) bool {
+		return func(err error) bool {
+			var e *archive.Error
+			return errors.As(err, &e) && e.Reason == r
+		}
+	}
+	nothing := func(err error) bool { return err == nil }
+	const ( // in the policies
+		ofLogs   = "arn:aws:kms:us-east-1:111122223333:key/3456cdef-34cd-56ef-78ab-3456789012cd"
+		ofEscrow = "arn:aws:kms:us-east-1:111122223333:key/5678efab-56ef-78ab-90cd-567890abcdef"
+	)
+	type at struct { // a section
+		m      *inspected
+		s      *s3test.S3
+		bucket *string
+		key    *string
+	}
+	key := func(k kmstest.KeySpec) func(at) { return func(a at) { *a.key = a.m.kms.NewKey(k) } }
+	enforce := func(name string) func(at) {
+		return func(a at) {
+			role := a.m.shippedPolicy(kmstest.RolePolicy, name, "", ofLogs, a.m.cfg.Logs.KMSKey, ofEscrow, a.m.cfg.Escrow.KMSKey)
+			node := a.m.shippedPolicy(kmstest.RolePolicy, "node-role", "")
+			a.m.kms.Enforce(&kmstest.Access{Role: []*kmstest.Policy{node, role}})
+		}
+	}
+	for name, c := range map[string]struct {
+		breaks func(at)
+		check  string // behind the section's name
+		result CheckResult
+		err    func(error) bool
+		says   string
+	}{
+		"good":              {func(at) {}, "key", CheckOK, nothing, "customer managed, SYMMETRIC_DEFAULT, Enabled"},
+		"good bucket":       {func(at) {}, "bucket", CheckOK, nothing, "can be listed"},
+		"configure-role":    {enforce("configure-role"), "key", CheckOK, nothing, "customer managed, SYMMETRIC_DEFAULT, Enabled"},
+		"the node's role":   {enforce("log-role"), "key", CheckSkipped, nothing, "the role may not call DescribeKey: the key's kind and state are not known (arn:"},
+		"disabled key":      {key(kmstest.KeySpec{State: kmstest.Disabled}), "key", CheckFailure, reason(keycache.ReasonKeyState), "Disabled"},
+		"key of AWS's":      {key(kmstest.KeySpec{Manager: "AWS"}), "key", CheckFailure, reason(keycache.ReasonAWSManaged), "its manager is AWS"},
+		"asymmetric key":    {key(kmstest.KeySpec{Spec: "RSA_2048", Usage: "ENCRYPT_DECRYPT"}), "key", CheckFailure, reason(keycache.ReasonAsymmetric), "RSA_2048"},
+		"no such key":       {func(a at) { *a.key = (*a.key)[:len(*a.key)-12] + "000000000000" }, "key", CheckFailure, reason(keycache.ReasonNotFound), "cannot describe"},
+		"no such bucket":    {func(a at) { *a.bucket = "others" }, "bucket", CheckFailure, ofS3(archive.ReasonNoBucket), "cannot list s3://others/"},
+		"bucket elsewhere":  {func(a at) { a.s.NewBucket(*a.bucket, s3test.Bucket{Region: "eu-west-1"}) }, "bucket", CheckFailure, ofS3(archive.ReasonWrongRegion), "eu-west-1"},
+		"somebody's bucket": {func(a at) { a.s.NewBucket(*a.bucket, s3test.Bucket{Owner: "999999999999"}) }, "bucket", CheckWarning, is(ErrMayNotList), "AccessDenied"},
+		"may not list":      {func(a at) { a.s.Deny("ListObjectsV2") }, "bucket", CheckWarning, is(ErrMayNotList), "is not authorized to perform: s3:ListBucket"},
+	} {
+		for _, section := range []string{"escrow", "logs"} {
+			t.Run(section+" "+name, func(t *testing.T) {
+				plain, s := withEscrow(t, archive.CSE)
+				s.NewBucket(logBucket, s3test.Bucket{})
+				plain.archiveLogsTo(s, t.TempDir())
+				plain.cfg.Escrow.Owner, plain.cfg.Logs.Owner = s3test.Account, s3test.Account
+				m := inspect(plain)
+				a := at{m, s, &m.cfg.Escrow.Bucket, &m.cfg.Escrow.KMSKey}
+				if section == "logs" {
+					a = at{m, s, &m.cfg.Logs.Bucket, &m.cfg.Logs.KMSKey}
+				}
+				c.breaks(a)
+				checks := m.check()
+				got, ok := checks[section+" "+c.check]
+				if !ok || got.Result != c.result || !c.err(got.Err) || !strings.Contains(got.Detail, c.says) {
+					t.Errorf("%+v", got)
+				}
+				for _, other := range checks {
+					if alike := other.Result == c.result && strings.HasSuffix(other.Name, " "+c.check); other.Result != CheckOK && !alike {
+						t.Errorf("%s is %s: %s", other.Name, other.Result, other.Detail)
+					}
+				}
+				if objects := slices.Concat(s.Keys(escrowBucket), s.Keys(logBucket)); len(objects) > 0 {
+					t.Errorf("in the buckets there are %v", objects)
+				}
+				for _, call := range m.kms.Calls() {
+					if call.Op != "DescribeKey" && call.KeyID != m.kms.ARN() {
+						t.Errorf("KMS was asked for %s of %s", call.Op, call.KeyID)
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestPreflightAsksNoArchive that is not configured, and none under a clock that is off.
+func TestPreflightAsksNoArchive(t *testing.T) {
+	plain, s, _ := withLogs(t)
+	m := inspect(plain)
+	logs := m.cfg.Logs
+	m.cfg.Logs = LogsConfig{}
+	for name := range m.check() {
+		if strings.HasPrefix(name, "escrow") || strings.HasPrefix(name, "logs") {
+			t.Errorf("there is a check %s", name)
+		}
+	}
+	m.cfg.Logs = logs
+	m.kms.SetClock(-6 * time.Minute)
+	checks := m.check()
+	for _, name := range []string{"logs key", "logs bucket"} {
+		if c := checks[name]; c.Result != CheckSkipped || !strings.Contains(c.Detail, "clock") {
+			t.Errorf("%+v", c)
+		}
+	}
+	if calls := s.Calls(); len(calls) > 0 {
+		t.Errorf("S3 was asked %+v", calls)
+	}
+}
+
+func is(want error) func(error) bool { return func(err error) bool { return errors.Is(err, want) } }
 
 // isA says whether an error has that type.
 func isA[E error](err error) bool {

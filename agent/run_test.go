@@ -58,6 +58,7 @@ type machine struct {
 	swaps      map[string]bool   // mapping path
 	journal    []systemd.Entry
 	taken      int // lines of the audit log that a test has looked at
+	sends      int // how often the escrow's service was to be started
 	// last is what the last sector of a new mapping begins with; the rest of both its
 	// ends is noise without a signature.
 	last string
@@ -135,6 +136,7 @@ func (m *machine) node() *Node {
 		}
 		return systemd.UnitFacts{Active: "active"}, nil
 	}
+	n.sendEscrow = func(context.Context) error { m.sends++; return m.fail("send", "") }
 	n.mounts = func(context.Context) (mounter, error) { return m.mounter(), nil }
 	// Other tests use the memory of this process at the same time; it must not be searched for copies.
 	n.wipeKeys = func(keys ...*keycache.Key) error {

@@ -162,6 +162,15 @@ func (c *Client) List(ctx context.Context, prefix string) (objects []Object, err
 	return objects, err
 }
 
+// CheckBucket tells why List of prefix would fail, without listing more than one object: there is no such bucket in the region or of the
+// owner, the role may not list it, or S3 does not answer.
+func (c *Client) CheckBucket(ctx context.Context, prefix string) error {
+	return c.call(ctx, "List", prefix, func(ctx context.Context) error {
+		_, err := c.s3.ListObjectsV2(ctx, &s3.ListObjectsV2Input{Bucket: &c.options.Bucket, Prefix: &prefix, MaxKeys: aws.Int32(1), ExpectedBucketOwner: c.owner()})
+		return err
+	})
+}
+
 func (c *Client) owner() *string {
 	if c.options.Owner == "" {
 		return nil

@@ -97,6 +97,7 @@ func TestPoliciesRefuse(t *testing.T) {
 		key      = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 		otherKey = "arn:aws:kms:us-east-1:111122223333:key/0987dcba-09fe-87dc-65ba-ab0987654321"
 		logKey   = "arn:aws:kms:us-east-1:111122223333:key/3456cdef-34cd-56ef-78ab-3456789012cd"
+		escrow   = "arn:aws:kms:us-east-1:111122223333:key/5678efab-56ef-78ab-90cd-567890abcdef"
 		role     = "arn:aws:iam::111122223333:role/"
 		node     = role + "NODE-ROLE"
 		admin    = role + "KEY-ADMINISTRATOR"
@@ -142,6 +143,8 @@ func TestPoliciesRefuse(t *testing.T) {
 		{"configure: use", ofRole("configure-role.json"), role + "X", "Decrypt", key, nil, false},
 		{"configure: change", ofRole("configure-role.json"), role + "X", "PutKeyPolicy", key, nil, false},
 		{"configure: look at the log key", ofRole("configure-role.json"), role + "X", "DescribeKey", logKey, nil, true},
+		{"configure: look at the escrow's key", ofRole("configure-role.json"), role + "X", "DescribeKey", escrow, nil, true},
+		{"configure: use the escrow's key", ofRole("configure-role.json"), role + "X", "Decrypt", escrow, nil, false},
 		{"configure: use the log key", ofRole("configure-role.json"), role + "X", "GenerateDataKey", logKey, nil, false},
 		{"configure: who may use the log key", ofRole("configure-role.json"), role + "X", "GetKeyPolicy", logKey, nil, false},
 		{"logs: encrypt", ofRole("log-role.json"), node, "GenerateDataKey", logKey, keys{"kms:EncryptionContextKeys": {"aws:s3:arn"}}, true},

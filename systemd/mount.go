@@ -140,6 +140,18 @@ func (m *Manager) Close() {
 	m.end()
 }
 
+// StartWhere starts a unit where another one is active, and does not wait for it.
+func (m *Manager) StartWhere(ctx context.Context, name, active string) error {
+	f, err := m.unit(ctx, active)
+	if err != nil || f.Active != "active" {
+		return err
+	}
+	if _, err := m.conn.StartUnitContext(ctx, name, "replace", nil); err != nil {
+		return fmt.Errorf("cannot start %s: %w", name, err)
+	}
+	return nil
+}
+
 // StartMount makes the mount and returns when it stands, or ctx ends: with mount(2) where systemd knows nothing of the mount
 // point, else by a job of systemd's. The same device already mounted
 // there with the same type is success, whoever mounted it; options are not compared, because the kernel reports more than

@@ -3,6 +3,7 @@ package systemd
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"maps"
 	"os"
@@ -107,7 +108,9 @@ func (m *manager) start(name, mode string, ch chan<- string) (int, error) {
 	default:
 		u["ActiveState"] = "inactive"
 	}
-	ch <- m.result
+	if ch != nil {
+		ch <- m.result
+	}
 	return 1, nil
 }
 
@@ -436,5 +439,41 @@ func TestSameDevice(t *testing.T) {
 		if got := sameDevice(c.a, c.b); got != c.want {
 			t.Errorf("sameDevice(%s, %s) = %v", c.a, c.b, got)
 		}
+	}
+}
+
+// TestStartWhere: a unit is started, without a wait, where the other one is active, and only there.
+func TestStartWhere(t *testing.T) {
+	loaded := func(active string) map[string]any {
+		return map[string]any{"LoadState": "loaded", "ActiveState": active}
+	}
+	for name, c := range map[string]struct {
+		timer   map[string]any
+		service bool // is there
+		started bool
+		says    string
+	}{
+		"on":         {loaded("active"), true, true, ""},
+		"off":        {loaded("inactive"), true, false, ""},
+		"no timer":   {nil, true, false, ""},
+		"no service": {loaded("active"), false, false, "cannot start a.service: no such unit"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			it := newManager()
+			it.result = "" // the job does not end
+			if c.timer != nil {
+				it.units["a.timer"] = c.timer
+			}
+			if c.service {
+				it.units["a.service"] = loaded("inactive")
+			}
+			err := (&Manager{conn: it}).StartWhere(t.Context(), "a.service", "a.timer")
+			if text := fmt.Sprint(err); (err == nil) != (c.says == "") || !strings.Contains(text, c.says) {
+				t.Errorf("%v, want %q", err, c.says)
+			}
+			if started := len(it.modes) == 1 && it.units["a.service"]["ActiveState"] == "activating"; started != c.started {
+				t.Errorf("%v, %v", it.modes, it.units)
+			}
+		})
 	}
 }

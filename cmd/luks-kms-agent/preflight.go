@@ -20,10 +20,10 @@ func newPreflight(opts *globalOptions) *cobra.Command {
 		Short: "Check everything that run depends on, and touch nothing",
 		Long: `Check what run depends on: the configuration, instance metadata and the role, KMS
 and its key (one data key is made, decrypted and thrown away), the clock, the
-kernel, the programs, the state directory, systemd and cloud-init. Each check is
-ok, a warning (run works all the same), a failure, or skipped as it depends on one
-that failed. Nothing is written to a disk or a record. What is on the disks is for
-plan to tell.
+kernel, the programs, the state directory, systemd and cloud-init; of escrow and
+logs the key and the bucket, where nothing is put. Each check is ok, a warning (run
+works all the same), a failure, or skipped as it depends on one that failed. Nothing
+is written to a disk or a record. What is on the disks is for plan to tell.
 
 The exit code is 0 unless a check fails; then it is the most urgent of theirs.`,
 		Example: `  sudo luks-kms-agent preflight
@@ -98,6 +98,8 @@ func preflightHint(err error) string {
 		return "Set the node's clock (chrony or systemd-timesyncd; EC2's time service is 169.254.169.123). KMS refuses signatures that are 5 minutes off."
 	case errors.Is(err, agent.ErrMayNotDescribe):
 		return "Optional: allow kms:DescribeKey on the key to the node's role; then a wrong key is named before it is used."
+	case errors.Is(err, agent.ErrMayNotList):
+		return "Allow s3:ListBucket on the bucket to the node's role, for `escrow list` and `logs verify`; and see that bucket_owner is the account that has it."
 	case errors.Is(err, agent.ErrNoReplace):
 		return "Only `luks-kms-agent rewrap` needs it: install a newer cryptsetup before the KMS key is replaced."
 	case errors.Is(err, agent.ErrNotOnBoot):

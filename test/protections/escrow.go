@@ -24,6 +24,7 @@ func inEscrow() []protection {
 		one("what is to be sent is noted before", escrow, "	if err := w.store.PutEscrow(note); err != nil {\n		return err\n	}\n	w.reached", "	w.reached", "./agent TestEscrowIsCut"),
 		one("only what S3 confirmed is noted as safe", escrow, "		if p.Err == nil {\n			p.Err = n.confirm(store, p.note)\n		}", "		p.Err = errors.Join(p.Err, n.confirm(store, p.note))", "./agent TestEscrowIsCut"),
 		one("a copy in the clear is passed over", escrow, "			if d.Header != nil && d.Header.Header != nil {\n				return o.Err == nil && o.UUID", "			if d.Header != nil && d.Header.Header != nil {\n				return o.UUID", "./agent TestNewestCopyThatCounts"),
+		one("what changed is escrowed at once", "agent/audit.go", "n.changed.Store(true)", "", "./agent TestEscrowIsSentAfterAChange"),
 		one("a volume waits for its escrow", apply, "if err := a.holdBack(ctx, act, open); err != nil {", "if err := a.holdBack(ctx, act, open); err != nil && false {", "./agent TestEscrowRequired"),
 		one("a volume that waits is closed", apply, "return errors.Join(err, a.maps.Close(context.WithoutCancel(ctx), mapping))\n	}\n	return a.mount(ctx, act, mapping)", "return err\n	}\n	return a.mount(ctx, act, mapping)", "./agent TestEscrowRequired"),
 		one("a piece of a log that S3 did not take waits", "agent/logs.go", "; err != nil {\n			return err\n		}\n		if err := spool.Done(p)", "; err != nil && false {\n			return err\n		}\n		if err := spool.Done(p)", "./agent TestLogsWait"),

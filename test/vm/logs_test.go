@@ -45,8 +45,12 @@ User=nobody
 ExecStart=/bin/sh -c '` + app + `'
 EOF
 		systemctl daemon-reload && systemctl start app.service && systemctl enable --now luks-kms-agent-logs-last.service`)
-	send := func() harness.Result { return n.Agent("logs archive") }
 	count := func() int { return s.Count("PutObject") }
+	// Before anything is sent: the key and the bucket are looked at.
+	if r := n.Agent("preflight"); r.Code != 0 || !strings.Contains(r.Stdout, "logs key") || !strings.Contains(r.Stdout, "s3://node-logs/logs/ can be listed") || count() != 0 {
+		t.Errorf("preflight: %s", r)
+	}
+	send := func() harness.Result { return n.Agent("logs archive") }
 	n.Await("the first lines", time.Minute, func() bool { return send().Code == 0 && count() >= 2 })
 
 	// The disk under the spool is full, of what is not ours: what cannot be kept there is read again later.

@@ -50,6 +50,8 @@ const (
 	EventRecoveryKeyAdded         EventKind = "recovery-key-added"
 	EventRecoveryKeyUsed          EventKind = "recovery-key-used"
 	EventRecoveryKeyRemoved       EventKind = "recovery-key-removed"
+	EventStripeMade               EventKind = "stripe-made"
+	EventStripeCleared            EventKind = "stripe-cleared"
 )
 
 // MessageID is the MESSAGE_ID of an event's journal entries: the UUID, version 5, of its name in a namespace of our own.

@@ -233,7 +233,9 @@ func (n *Node) clearMember(ctx context.Context, d DeviceFacts, id string) error 
 		return err
 	}
 	defer hold.Close()
-	return n.stripes.Clear(ctx, d.Device, id)
+	err = n.stripes.Clear(ctx, d.Device, id)
+	n.audit(Event{Kind: EventStripeCleared, Device: d.Device, Reason: "of stripe " + id, Err: err})
+	return err
 }
 
 // makeStripe makes the stripe that the plan speaks of; nil where it speaks of none.
@@ -277,7 +279,9 @@ func (n *Node) makeStripe(ctx context.Context, store *keycache.Store, p Plan) (*
 		return nil, err
 	}
 	n.reached(stepStripeIntent)
-	if err := n.stripes.Make(ctx, intent.UUID, members); err != nil {
+	err := n.stripes.Make(ctx, intent.UUID, members)
+	n.audit(Event{Kind: EventStripeMade, Reason: fmt.Sprintf("stripe %s of %s", intent.UUID, strings.Join(intent.Members, ", ")), Err: err})
+	if err != nil {
 		return nil, err
 	}
 	n.reached(stepStripeMade)

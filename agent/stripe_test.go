@@ -232,6 +232,29 @@ func TestCutStripe(t *testing.T) {
 	}
 }
 
+// TestStripeIsAudited: each write to a disk for a stripe has its event, also one that failed.
+func TestStripeIsAudited(t *testing.T) {
+	m, disks := striped(t)
+	m.fail = failing("superblock", "ssd2")
+	if _, err := m.node().Stripe(t.Context()); err == nil {
+		t.Fatal("it was not cut")
+	}
+	lines := m.wantEvents("stripe-made failed")
+	id := m.records().Stripe.UUID
+	if lines[0].Reason != "stripe "+id+" of ssd1, ssd2" || lines[0].Error == "" {
+		t.Errorf("%+v", lines[0])
+	}
+	m.fail = func(string, string) error { return nil }
+	again := m.stripe()
+	lines = m.wantEvents("stripe-cleared ok", "stripe-made ok")
+	if lines[0].Reason != "of stripe "+id || lines[0].Identity != "ssd1" || lines[0].Device != disks[0].Path || !strings.Contains(lines[1].Reason, again[0].UUID) {
+		t.Errorf("%+v", lines)
+	}
+	m.reboot()
+	m.stripe()
+	m.wantEvents() // to assemble it writes nothing
+}
+
 // TestCutStripeIsClearedOnlyWhereItWasBegun: what is not beyond doubt the rest of a stripe that was never whole stays as it is.
 func TestCutStripeIsClearedOnlyWhereItWasBegun(t *testing.T) {
 	for what, test := range map[string]struct {

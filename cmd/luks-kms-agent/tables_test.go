@@ -143,7 +143,7 @@ func TestOutputDocument(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, into := range map[string]any{
-		"plan": &planJSON{}, "preflight": &preflightJSON{}, "lock": &lockJSON{}, "rewrap": &rewrapJSON{}, "rotate": &rotateJSON{}, "seal-image": &sealJSON{}, "verify": &verification{}, "recovery-key list": &recoveryList{}, "inspect": &inspection{}, "version": &versionJSON{},
+		"plan": &planJSON{}, "preflight": &preflightJSON{}, "lock": &lockJSON{}, "rewrap": &rewrapJSON{}, "rotate": &rotateJSON{}, "stripe": &stripeJSON{}, "seal-image": &sealJSON{}, "verify": &verification{}, "recovery-key list": &recoveryList{}, "inspect": &inspection{}, "version": &versionJSON{},
 	} {
 		_, section, ok := strings.Cut(string(text), "\n## "+name)
 		section, _, _ = strings.Cut(section, "\n## ")

@@ -57,6 +57,9 @@ func TestStripe(t *testing.T) {
 			t.Errorf("%s shows %v", disk, found)
 		}
 	}
+	if s := strings.TrimSpace(n.Sh("grep -c '\"event\":\"stripe-made\",\"result\":\"ok\"' /var/log/luks-kms-agent/audit.jsonl")); s != "1" {
+		t.Errorf("the audit log has %s stripes made", s)
+	}
 	if s := n.Sh("luks-kms-agent plan"); !strings.Contains(s, "part of the stripe") {
 		t.Errorf("plan: %s", s)
 	}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,7 +32,11 @@ type LogsArchived struct {
 
 // ArchiveLogs sends what is new in the logs to S3, in pieces, each confirmed by what S3 tells of it. A piece that is not confirmed waits in the spool. It may
 // be killed at any point: nothing is lost or sent twice by that.
-func (n *Node) ArchiveLogs(ctx context.Context) (done LogsArchived, err error) {
+func (n *Node) ArchiveLogs(ctx context.Context) (LogsArchived, error) {
+	return n.archiveLogs(ctx, piecesAtOnce)
+}
+
+func (n *Node) archiveLogs(ctx context.Context, atOnce int) (done LogsArchived, err error) {
 	l := n.cfg.Logs
 	if l.Bucket == "" {
 		return done, ErrNoLogs
@@ -60,7 +65,7 @@ func (n *Node) ArchiveLogs(ctx context.Context) (done LogsArchived, err error) {
 	}
 	send := func() {
 		if err == nil && ctx.Err() == nil {
-			if err = n.sendPieces(ctx, v, prefix, spool, &done); err != nil {
+			if err = n.sendPieces(ctx, v, prefix, spool, atOnce, &done); err != nil {
 				errs = append(errs, err)
 			}
 		}
@@ -116,31 +121,64 @@ func (n *Node) logPrefix(ctx context.Context) (string, error) {
 	return n.cfg.Logs.Prefix + n.cfg.Logs.Cluster + "/node/" + id.InstanceID + "/", nil
 }
 
-// sendPieces sends what waits, the oldest first, until one is not confirmed.
-func (n *Node) sendPieces(ctx context.Context, v vault, prefix string, spool *logs.Spool, done *LogsArchived) error {
-	for _, p := range spool.Pieces() {
-		n.step("Sending %s", p.Name)
-		systemd.ExtendTimeout(2 * escrowTimeout)
-		f, err := spool.OpenPiece(p)
-		if err != nil {
-			return fmt.Errorf("cannot send %s: %w", p.Name, err)
-		}
-		data := make([]byte, p.Size) // it is all that is held in memory, and does not have to grow
-		_, err = io.ReadFull(f, data)
-		if err = errors.Join(err, f.Close()); err != nil {
-			return fmt.Errorf("cannot send %s: %w", p.Name, err)
-		}
-		if _, err := v.Put(ctx, prefix+p.Name, data, map[string]string{"lines": fmt.Sprint(p.Lines)}); err != nil {
-			return err
-		}
-		if err := spool.Done(p); err != nil {
-			return err
-		}
-		done.Pieces++
-		done.Lines += p.Lines
-		done.Bytes += p.Bytes
+// Pieces are sent several at a time, the oldest first, but no more of them than the memory for one that nothing makes smaller.
+const (
+	piecesAtOnce = 4
+	pieceMemory  = 8 << 20 // bytes
+)
+
+// sendPieces sends what waits until one is not confirmed. Those that were sent beside it count all the same.
+func (n *Node) sendPieces(ctx context.Context, v vault, prefix string, spool *logs.Spool, atOnce int, done *LogsArchived) error {
+	type sending struct {
+		logs.Piece
+		err error
 	}
-	return nil
+	for {
+		var next []sending
+		size := int64(0)
+		for _, p := range spool.Pieces() {
+			if size += p.Size; len(next) == atOnce || len(next) > 0 && size > pieceMemory {
+				break
+			}
+			next = append(next, sending{Piece: p})
+		}
+		if len(next) == 0 {
+			return nil
+		}
+		n.step("Sending %s", next[0].Name)
+		systemd.ExtendTimeout(2 * escrowTimeout)
+		eachOf(next, atOnce, func(p *sending) { p.err = sendPiece(ctx, v, prefix, spool, p.Piece) })
+		var failed error
+		for _, p := range next {
+			if p.err != nil {
+				failed = cmp.Or(failed, p.err) // the others say the same
+				continue
+			}
+			if err := spool.Done(p.Piece); err != nil {
+				return err
+			}
+			done.Pieces++
+			done.Lines += p.Lines
+			done.Bytes += p.Bytes
+		}
+		if failed != nil {
+			return failed
+		}
+	}
+}
+
+func sendPiece(ctx context.Context, v vault, prefix string, spool *logs.Spool, p logs.Piece) error {
+	f, err := spool.OpenPiece(p)
+	if err != nil {
+		return fmt.Errorf("cannot send %s: %w", p.Name, err)
+	}
+	data := make([]byte, p.Size) // it is all that is held in memory, and does not have to grow
+	_, err = io.ReadFull(f, data)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("cannot send %s: %w", p.Name, err)
+	}
+	_, err = v.Put(ctx, prefix+p.Name, data, map[string]string{"lines": fmt.Sprint(p.Lines)})
+	return err
 }
 
 // LogObject is an object of the archive, as S3 tells of it.

@@ -3,6 +3,9 @@ package agent
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -25,7 +29,7 @@ import (
 const logBucket = "node-logs"
 
 // withLogs is a machine that archives the logs in a directory.
-func withLogs(t *testing.T) (m *machine, s *s3test.S3, dir string) {
+func withLogs(t testing.TB) (m *machine, s *s3test.S3, dir string) {
 	t.Helper()
 	m = newMachine(t)
 	m.kms.Trust(m.imds)
@@ -37,6 +41,7 @@ func withLogs(t *testing.T) (m *machine, s *s3test.S3, dir string) {
 	return m, s, dir
 }
 
+// archiveLogsTo configures that.
 func (m *machine) archiveLogsTo(s *s3test.S3, dir string) {
 	m.cfg.Logs = LogsConfig{
 		Bucket: logBucket, Prefix: "logs/", Cluster: "c-1", KMSKey: m.kms.NewKey(kmstest.KeySpec{}), Endpoint: s.URL(),
@@ -44,7 +49,7 @@ func (m *machine) archiveLogsTo(s *s3test.S3, dir string) {
 	}
 }
 
-func appendTo(t *testing.T, path, text string) {
+func appendTo(t testing.TB, path, text string) {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err == nil {
@@ -333,4 +338,116 @@ func wantMetrics(t *testing.T, m *machine, lines ...string) {
 			t.Errorf("the metrics do not have %q:\n%s", l, text)
 		}
 	}
+}
+
+// busyVault knows what is on its way to S3 at a time.
+type busyVault struct {
+	vault
+	wait int // so many pieces wait for each other
+	all  chan struct{}
+
+	mu                             sync.Mutex
+	pieces, bytes, most, mostBytes int
+}
+
+func (v *busyVault) Put(ctx context.Context, name string, data []byte, metadata map[string]string) (archive.Object, error) {
+	v.mu.Lock()
+	v.pieces, v.bytes = v.pieces+1, v.bytes+len(data)
+	v.most, v.mostBytes = max(v.most, v.pieces), max(v.mostBytes, v.bytes)
+	if v.pieces == v.wait {
+		close(v.all)
+	}
+	v.mu.Unlock()
+	if v.wait > 0 {
+		select {
+		case <-v.all:
+		case <-time.After(20 * time.Second):
+		}
+	}
+	o, err := v.vault.Put(ctx, name, data, metadata)
+	v.mu.Lock()
+	v.pieces, v.bytes = v.pieces-1, v.bytes-len(data)
+	v.mu.Unlock()
+	return o, err
+}
+
+// TestPiecesAreSentTogether, but not more of them than there is memory for; and where one is not taken the others count.
+func TestPiecesAreSentTogether(t *testing.T) {
+	busy := func(m *machine, wait int) (*Node, *busyVault) {
+		n, v := m.node(), &busyVault{wait: wait, all: make(chan struct{})}
+		open := n.vault
+		n.vault = func(ctx context.Context, o archive.Options) (_ vault, err error) {
+			v.vault, err = open(ctx, o)
+			return v, err
+		}
+		return n, v
+	}
+	m, s, dir := withLogs(t)
+	var want strings.Builder
+	for i := range piecesAtOnce {
+		appendTo(t, filepath.Join(dir, fmt.Sprintf("small%d.log", i)), fmt.Sprintf("line %d\n", i))
+		fmt.Fprintf(&want, "line %d\n", i)
+	}
+	n, v := busy(m, piecesAtOnce)
+	if done, err := n.ArchiveLogs(t.Context()); err != nil || done.Pieces != piecesAtOnce || v.most != piecesAtOnce {
+		t.Errorf("%+v, %v, at most %d at a time", done, err, v.most)
+	}
+	if text := m.archived(s); text != want.String() {
+		t.Errorf("in the archive is %q", text)
+	}
+
+	// Noise: no two of these fit.
+	noise := make([]byte, 5<<20)
+	for i := range 3 {
+		if _, err := rand.Read(noise); err != nil {
+			t.Fatal(err)
+		}
+		appendTo(t, filepath.Join(dir, fmt.Sprintf("large%d.log", i)), base64.StdEncoding.EncodeToString(noise)+"\n")
+	}
+	n, v = busy(m, 0)
+	if done, err := n.ArchiveLogs(t.Context()); err != nil || done.Pieces != 3 || v.mostBytes > pieceMemory || v.most != 1 {
+		t.Errorf("%+v, %v, at most %d bytes of %d pieces at a time", done, err, v.mostBytes, v.most)
+	}
+
+	// One of four is not taken.
+	for i := range piecesAtOnce {
+		appendTo(t, filepath.Join(dir, fmt.Sprintf("small%d.log", i)), fmt.Sprintf("more %d\n", i))
+		fmt.Fprintf(&want, "more %d\n", i)
+	}
+	before := len(s.Keys(logBucket))
+	s.Fail(s3test.Fault{Op: "PutObject", Code: "AccessDenied", Status: 403, Times: 1})
+	done, err := m.node().ArchiveLogs(t.Context())
+	if e := (*archive.Error)(nil); !errors.As(err, &e) || e.Reason != archive.ReasonDenied || done.Pieces != piecesAtOnce-1 || done.Waiting == 0 {
+		t.Errorf("%+v, %v", done, err)
+	}
+	if done, err := m.node().ArchiveLogs(t.Context()); err != nil || done.Pieces != 1 || done.Waiting != 0 || len(s.Keys(logBucket)) != before+piecesAtOnce {
+		t.Errorf("%+v, %v, %d objects", done, err, len(s.Keys(logBucket))-before)
+	}
+}
+
+// BenchmarkLogs sends 24 pieces to an S3 that takes 50 ms for each call, one after the other and as many at a time as ArchiveLogs does.
+func BenchmarkLogs(b *testing.B) {
+	m, s, dir := withLogs(b)
+	round := 0
+	sendAll := func(atOnce int) (whole, sending time.Duration) {
+		round++
+		for i := range 24 {
+			appendTo(b, filepath.Join(dir, fmt.Sprintf("%02d.log", i)), strings.Repeat(fmt.Sprintf("round %d of a line of a log\n", round), 1000))
+		}
+		n := m.node()
+		start := time.Now()
+		var first time.Time
+		n.Progress = func(text string) {
+			if first.IsZero() && strings.HasPrefix(text, "Sending") {
+				first = time.Now()
+			}
+		}
+		if done, err := n.archiveLogs(b.Context(), atOnce); err != nil || done.Pieces != 24 {
+			b.Fatalf("%+v, %v", done, err)
+		}
+		end := time.Now()
+		return end.Sub(start), end.Sub(first)
+	}
+	s.Fail(s3test.Fault{Delay: 50 * time.Millisecond})
+	compareAtOnce(b, piecesAtOnce, sendAll)
 }

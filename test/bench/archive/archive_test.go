@@ -70,7 +70,7 @@ func TestSmallLog(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", b.agent, "../../../cmd/luks-kms-agent").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	r := results{mib: 20, started: time.Now(), escrow: []pair{{4, 1, 3, 1, 4}}}
+	r := results{mib: 20, started: time.Now(), escrow: []pair{{4, 1, 3, 1, 4}}, pieces: []pair{{5, 1, 5, 1, 4}}}
 	if r.machine, err = machine(t.Context(), b.agent); err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func TestSmallLog(t *testing.T) {
 	if r.peak() > mostMemory {
 		t.Errorf("the agent had %.1f MiB", r.peak())
 	}
-	for _, want := range []string{"A log of 20 MiB", "| 1 MiB |", "| 5 MiB |", "| 20 MiB |", "| 5 MiB of random bytes |", "in every run, or the benchmark fails. Measured: " + fmt.Sprintf("%.1f", r.peak()) + ", reached", "| 4.00 (4.00 – 4.00) |"} {
+	for _, want := range []string{"A log of 20 MiB", "| 1 MiB |", "| 5 MiB |", "| 20 MiB |", "| 5 MiB of random bytes |", "in every run, or the benchmark fails. Measured: " + fmt.Sprintf("%.1f", r.peak()) + ", reached", "| 4.00 (4.00 – 4.00) |", "| 5.00 (5.00 – 5.00) |"} {
 		if !strings.Contains(r.page(), want) {
 			t.Errorf("the page has no %q:\n%s", want, r.page())
 		}
@@ -104,11 +104,11 @@ func TestSmallLog(t *testing.T) {
 func TestReadPairs(t *testing.T) {
 	t.Parallel()
 	line := "BenchmarkEscrow-2   \t       1\t10335816113 ns/op\t         4.000 at-once\t         2.047 at-once-s\t         8.288 serial-s\t         6.5 serial-sending-s\t   1.5 at-once-sending-s\n"
-	pairs, err := readPairs("goos: linux\n" + line + line + "PASS\n")
+	pairs, err := readPairs("BenchmarkEscrow", "goos: linux\n"+line+line+"PASS\n")
 	if err != nil || len(pairs) != 2 || pairs[1] != (pair{8.288, 2.047, 6.5, 1.5, 4}) {
 		t.Errorf("%v, %v", pairs, err)
 	}
-	if _, err := readPairs(strings.Replace(line, "serial-s", "s", 1)); err == nil {
+	if _, err := readPairs("BenchmarkEscrow", strings.Replace(line, "serial-s", "s", 1)); err == nil {
 		t.Error("a line without a figure is taken")
 	}
 }

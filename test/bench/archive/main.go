@@ -92,7 +92,10 @@ func bench(ctx context.Context, args []string) (err error) {
 	if err := b.measure(ctx, &r, *rounds); err != nil {
 		return err
 	}
-	if r.escrow, err = escrow(ctx, *rounds); err != nil {
+	if r.escrow, err = atOnce(ctx, "BenchmarkEscrow", *rounds); err != nil {
+		return err
+	}
+	if r.pieces, err = atOnce(ctx, "BenchmarkLogs", *rounds); err != nil {
 		return err
 	}
 	r.took = time.Since(r.started)
@@ -114,6 +117,7 @@ type results struct {
 	lines   []comparison // in turns
 	memory  []memory
 	escrow  []pair
+	pieces  []pair // of logs, with S3 far away
 }
 
 // comparison is one round: both subjects with the same log.
@@ -181,24 +185,24 @@ func (b bencher) measure(ctx context.Context, r *results, rounds int) error {
 // ratio is how many times as long as gzip and upload the agent takes.
 func (c comparison) ratio() float64 { return c.agent.took.Seconds() / c.gzip.took.Seconds() }
 
-// pair is one round of the escrow.
+// pair is one round of something that is sent one after the other and several at once.
 type pair struct {
 	serial, atOnce               float64 // seconds
-	sendingSerial, sendingAtOnce float64 // of these, from the first header that is sent
+	sendingSerial, sendingAtOnce float64 // of these, from the first that is sent
 	number                       int     // how many at once
 }
 
-// escrow has package agent's own benchmark run: who sends headers needs disks, and only its tests make some up.
-func escrow(ctx context.Context, rounds int) ([]pair, error) {
-	cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^BenchmarkEscrow$", "-benchtime", "1x", "-count", strconv.Itoa(rounds), "./agent")
+// atOnce has one of package agent's own benchmarks run: who sends headers needs disks, and only its tests make some up.
+func atOnce(ctx context.Context, name string, rounds int) ([]pair, error) {
+	cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^"+name+"$", "-benchtime", "1x", "-count", strconv.Itoa(rounds), "./agent")
 	var out, said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &said
 	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("cannot run the benchmark of the escrow: %w\n%s%s", err, out.Bytes(), said.Bytes())
+		return nil, fmt.Errorf("cannot run %s: %w\n%s%s", name, err, out.Bytes(), said.Bytes())
 	}
-	pairs, err := readPairs(out.String())
+	pairs, err := readPairs(name, out.String())
 	if err == nil && len(pairs) != rounds {
-		err = fmt.Errorf("cannot read the benchmark of the escrow: it has %d rounds, want %d:\n%s", len(pairs), rounds, out.String())
+		err = fmt.Errorf("cannot read %s: it has %d rounds, want %d:\n%s", name, len(pairs), rounds, out.String())
 	}
 	return pairs, err
 }

@@ -49,22 +49,22 @@ func model(info string) string {
 	return "an unknown " + runtime.GOARCH
 }
 
-// readPairs reads what BenchmarkEscrow printed.
-func readPairs(text string) (pairs []pair, err error) {
+// readPairs reads what a benchmark printed.
+func readPairs(name, text string) (pairs []pair, err error) {
 	for line := range strings.Lines(text) {
 		fields := strings.Fields(line)
-		if len(fields) < 2 || !strings.HasPrefix(fields[0], "BenchmarkEscrow") {
+		if len(fields) < 2 || !strings.HasPrefix(fields[0], name) {
 			continue
 		}
 		values := map[string]float64{}
 		for i := 2; i+1 < len(fields); i += 2 {
 			if values[fields[i+1]], err = strconv.ParseFloat(fields[i], 64); err != nil {
-				return nil, fmt.Errorf("cannot read the benchmark of the escrow: %w", err)
+				return nil, fmt.Errorf("cannot read %s: %w", name, err)
 			}
 		}
 		p := pair{values["serial-s"], values["at-once-s"], values["serial-sending-s"], values["at-once-sending-s"], int(values["at-once"])}
 		if min(p.serial, p.atOnce, p.sendingSerial, p.sendingAtOnce) <= 0 || p.number <= 0 {
-			return nil, fmt.Errorf("cannot read the benchmark of the escrow: %q lacks a figure", line)
+			return nil, fmt.Errorf("cannot read %s: %q lacks a figure", name, line)
 		}
 		pairs = append(pairs, p)
 	}
@@ -95,7 +95,7 @@ func (r results) page() string {
 
 	say("## Time\n\n")
 	say("A log of %d MiB, made up of lines as Hadoop, Spark, the kubelet and a web server write them, goes from the page cache into an S3 on the same machine, by SSE-KMS. After each run it is read back, decrypted and compared.\n\n", r.mib)
-	say("- **agent**: `luks-kms-agent logs archive`, the program as it is shipped, with an empty spool. It compresses and syncs pieces of 8 MiB, and then puts one after the other and confirms it by a HEAD.\n")
+	say("- **agent**: `luks-kms-agent logs archive`, the program as it is shipped, with an empty spool. It compresses and syncs pieces of 8 MiB, and then puts up to four at a time and confirms each by a HEAD.\n")
 	say("- **gzip and upload**: `gzip -6` into an upload of one object, in parts of 8 MiB, 10 at a time, as `aws s3 cp -` does it. No spool, no positions, no confirmation: after a kill it begins anew.\n\n")
 	say("| | agent | gzip and upload | agent / gzip and upload |\n| --- | --- | --- | --- |\n")
 	row := func(what string, digits int, f func(run) float64) {
@@ -125,18 +125,26 @@ func (r results) page() string {
 	}
 	say("\nGoal: at most %d MiB in every run, or the benchmark fails. Measured: %.1f, %s.\n\n", mostMemory, r.peak(), verdict)
 
+	table := func(pairs []pair, first string) {
+		say("| | at once | one after the other | one after the other / at once |\n| --- | --- | --- | --- |\n")
+		for _, row := range []struct {
+			what           string
+			atOnce, serial func(pair) float64
+		}{
+			{"all of it, s", func(p pair) float64 { return p.atOnce }, func(p pair) float64 { return p.serial }},
+			{"of this, from the first " + first + " that is sent, s", func(p pair) float64 { return p.sendingAtOnce }, func(p pair) float64 { return p.sendingSerial }},
+		} {
+			say("| %s | %s | %s | %s |\n", row.what, spread(pairs, 2, row.atOnce), spread(pairs, 2, row.serial), spread(pairs, 2, func(p pair) float64 { return row.serial(p) / row.atOnce(p) }))
+		}
+	}
+	say("## Logs to an S3 that is far away\n\n")
+	say("`luks-kms-agent logs archive`, but for its start: 24 small logs are compressed, and the pieces sent by SSE-KMS and confirmed, two calls each, to an S3 that takes 50 ms for each call. %d are sent at a time, as long as they have no more than 8 MiB together; beside that, the same one after the other.\n\n", r.pieces[0].number)
+	table(r.pieces, "piece")
+	say("\n%d rounds.\n\n", len(r.pieces))
+
 	say("## Escrow of 24 volumes\n\n")
 	say("`luks-kms-agent escrow put`, but for its start: 24 headers are read and proven, sent by SSE-KMS and confirmed, two calls each, to an S3 that takes 50 ms for each call. %d are sent at a time; beside that, the same one after the other.\n\n", r.escrow[0].number)
-	say("| | at once | one after the other | one after the other / at once |\n| --- | --- | --- | --- |\n")
-	for _, row := range []struct {
-		what           string
-		atOnce, serial func(pair) float64
-	}{
-		{"all of it, s", func(p pair) float64 { return p.atOnce }, func(p pair) float64 { return p.serial }},
-		{"of this, from the first header that is sent, s", func(p pair) float64 { return p.sendingAtOnce }, func(p pair) float64 { return p.sendingSerial }},
-	} {
-		say("| %s | %s | %s | %s |\n", row.what, spread(r.escrow, 2, row.atOnce), spread(r.escrow, 2, row.serial), spread(r.escrow, 2, func(p pair) float64 { return row.serial(p) / row.atOnce(p) }))
-	}
+	table(r.escrow, "header")
 	say("\n%d rounds. Before that each header is read and proven to open, and after it each is noted in the records and synced: one after the other in both.\n\n", len(r.escrow))
 
 	say("## What it means\n\n")
@@ -154,7 +162,7 @@ func (r results) page() string {
 	say("With S3 50 ms away, 24 headers are sent and noted %.1f times as fast as one after the other, and the whole of it is %.1f times as fast: the rest is work of processor and disk.\n\n", median(sending), median(whole))
 
 	say("## What is not measured\n\n")
-	say("- S3, its network and TLS: on a real one the time that the agent waits for each piece counts, and it does not compress meanwhile.\n")
+	say("- S3, its network and TLS: on a real one the time that the agent waits for its pieces counts, and it does not compress meanwhile.\n")
 	say("- Disks: the log is in the page cache. The spool is synced, to whatever disk the tree is on.\n")
 	say("- `aws s3 cp` itself, and its start: the upload is a program of ours.\n")
 	say("- The journal, rotations, and lines longer than a piece.\n")

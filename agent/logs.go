@@ -133,18 +133,16 @@ func (n *Node) sendPieces(ctx context.Context, v vault, prefix string, spool *lo
 		logs.Piece
 		err error
 	}
-	for {
+	for waiting := spool.Pieces(); len(waiting) > 0; {
 		var next []sending
 		size := int64(0)
-		for _, p := range spool.Pieces() {
+		for _, p := range waiting {
 			if size += p.Size; len(next) == atOnce || len(next) > 0 && size > pieceMemory {
 				break
 			}
 			next = append(next, sending{Piece: p})
 		}
-		if len(next) == 0 {
-			return nil
-		}
+		waiting = waiting[len(next):]
 		n.step("Sending %s", next[0].Name)
 		systemd.ExtendTimeout(2 * escrowTimeout)
 		eachOf(next, atOnce, func(p *sending) { p.err = sendPiece(ctx, v, prefix, spool, p.Piece) })
@@ -165,6 +163,7 @@ func (n *Node) sendPieces(ctx context.Context, v vault, prefix string, spool *lo
 			return failed
 		}
 	}
+	return nil
 }
 
 func sendPiece(ctx context.Context, v vault, prefix string, spool *logs.Spool, p logs.Piece) error {

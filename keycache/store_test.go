@@ -394,7 +394,7 @@ func TestReadyIsNotLostBetweenTwoWriters(t *testing.T) {
 			select {
 			case err := <-done:
 				done <- err
-			case <-time.After(100 * time.Millisecond):
+			case <-time.After(time.Second): // it waits for this one; else it is done in milliseconds, or more on a busy disk
 			}
 		})
 		return nil

@@ -76,7 +76,9 @@ func TestOpenMapsWhatWasChecked(t *testing.T) {
 		got, alias, key = v, volumeKey(v), bytes.Clone(volumeKey(v))
 		return create(v, name)
 	}
-	if err := i.open(t.Context(), rightKey(), OpenOptions{Name: "luks-" + testUUID}, dm); err != nil {
+	wipedBefore := false
+	loaded := func() { wipedBefore = bytes.Equal(alias, make([]byte, 64)) }
+	if err := i.open(t.Context(), rightKey(), OpenOptions{Name: "luks-" + testUUID, Loaded: loaded}, dm); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(key, want) || len(key) != 64 {
@@ -85,9 +87,31 @@ func TestOpenMapsWhatWasChecked(t *testing.T) {
 	if !bytes.Equal(alias, make([]byte, 64)) {
 		t.Error("the volume key was not wiped")
 	}
+	if !wipedBefore {
+		t.Error("the volume key was wiped only after the mapping was in use")
+	}
 	if got.BackingDevice != path || got.UUID != testUUID || got.LuksType != "LUKS2" || got.StorageEncryption != "aes-xts-plain64" ||
 		got.StorageSectorSize != 4096 || got.StorageOffset != 16<<20 || got.StorageSize != imageSize-16<<20 || got.StorageIvTweak != 0 || len(got.Flags) != 0 {
 		t.Errorf("offset %d, size %d, sector %d, flags %q, device %s", got.StorageOffset, got.StorageSize, got.StorageSectorSize, got.Flags, got.BackingDevice)
+	}
+}
+
+// TestVolumeKeyOfAFailureIsWiped: what was unsealed is wiped also where the volume is then not mapped.
+func TestVolumeKeyOfAFailureIsWiped(t *testing.T) {
+	path := volume(t)
+	i := inspected(t, path)
+	var key []byte
+	unseal := func() (*volumeType, error) {
+		v, err := i.unseal(rightKey(), nil)
+		if err == nil {
+			key = volumeKey(v)
+			flip(t, path, binarySize+7) // the header changes meanwhile
+		}
+		return v, err
+	}
+	err := i.openBy(t.Context(), unseal, OpenOptions{Name: "luks-" + testUUID}, fakeMapper(t))
+	if err == nil || len(key) != 64 || !bytes.Equal(key, make([]byte, 64)) {
+		t.Errorf("%v; a key of %d bytes, wiped: %v", err, len(key), bytes.Equal(key, make([]byte, len(key))))
 	}
 }
 

@@ -68,8 +68,9 @@ func TestUses(t *testing.T) {
 				tr.link(disksDir+"md1/slaves/sdb", "x")
 				tr.link(disksDir+"sdc/holders/md2", "x")
 				tr.mount("9:2", "/data", "ext4", "/dev/md2", "rw")
+				tr.link(disksDir+"sdc/holders/md3", "x") // nobody lists that
 			},
-			uses: []string{bootUses, "sdb: held md1", "sdc: mounted /data, held md2"},
+			uses: []string{bootUses, "sdb: held md1", "sdc: mounted /data, held md2, held md3"},
 		}, {
 			name: "/var on its own dm",
 			build: func(tr *tree) {

@@ -15,7 +15,7 @@ import (
 // logRole is log-role.json for this machine's key, and the permissions of S3 that it gives.
 func (m *machine) logRole() (p *kmstest.Policy, ofS3 []string) {
 	m.t.Helper()
-	p = m.shippedPolicy(kmstest.RolePolicy, "log-role", "", "arn:aws:kms:us-east-1:111122223333:key/3456cdef-34cd-56ef-78ab-3456789012cd", m.cfg.Logs.KMSKey, ":::my-logs", ":::"+logBucket)
+	p = m.shippedPolicy(kmstest.RolePolicy, "log-role", "", shippedLogsKey, m.cfg.Logs.KMSKey, ":::my-logs", ":::"+logBucket)
 	for permission := range escrowPermissions {
 		on := "arn:aws:s3:::" + logBucket
 		if permission != "ListBucket" {

@@ -17,6 +17,12 @@ import (
 
 const policiesDir = "../packaging/policies"
 
+// The keys of logs and escrow in the policies.
+const (
+	shippedLogsKey   = "arn:aws:kms:us-east-1:111122223333:key/3456cdef-34cd-56ef-78ab-3456789012cd"
+	shippedEscrowKey = "arn:aws:kms:us-east-1:111122223333:key/5678efab-56ef-78ab-90cd-567890abcdef"
+)
+
 // shippedPolicy is one of ours, for this machine's keys and role; mine is what else has another name here, in pairs.
 func (m *machine) shippedPolicy(kind kmstest.PolicyKind, name, newKey string, mine ...string) *kmstest.Policy {
 	m.t.Helper()

@@ -74,7 +74,6 @@ type Preflight struct {
 
 	// Found by one check for others, which wait for it.
 	identity keycache.Identity
-	errClock error
 	units    systemd.Facts
 
 	keys []*keycache.Key // to be wiped
@@ -103,7 +102,8 @@ func NewPreflight(path string, log *zap.Logger, by Program) *Preflight {
 // check is one check, and the names of the others that it waits for.
 type check struct {
 	name  string
-	needs []string // that have not to fail
+	needs []string // that have not to fail, and not to be skipped
+	bars  []string // that have not to fail
 	after []string // however they end
 	run   func(context.Context) (detail string, err error)
 }
@@ -121,14 +121,12 @@ func (s skipped) Error() string { return string(s) }
 
 func dependsOn(name string) error { return skipped("depends on " + name) }
 
-// clockCheck is the check that others depend on only where it fails.
-const clockCheck = "clock"
-
 func (p *Preflight) checks() []check {
 	const (
 		configuration, metadata, credentials, region, endpoint = "configuration", "instance metadata", "credentials", "region", "KMS endpoint"
 		kmsKey, dataKey, kernel, cryptsetup, filesystem        = "KMS key", "data key", "kernel", "cryptsetup version", "filesystem"
 		stateDir, manager, service, cloudInit, memory          = "state directory", "systemd", "service", "cloud-init", "memory"
+		clock                                                  = "clock"
 	)
 	inRegion := []string{configuration}
 	if p.node != nil && p.node.cfg.Region == "" {
@@ -140,8 +138,8 @@ func (p *Preflight) checks() []check {
 		{name: credentials, needs: []string{metadata}, run: p.credentials},
 		{name: region, needs: inRegion, after: []string{metadata}, run: p.region},
 		{name: endpoint, needs: []string{region}, run: p.endpoint},
-		{name: clockCheck, needs: []string{configuration}, after: []string{metadata, endpoint}, run: p.clock},
-		{name: kmsKey, needs: []string{credentials, endpoint}, after: []string{clockCheck}, run: p.kmsKey},
+		{name: clock, needs: []string{configuration}, after: []string{metadata, endpoint}, run: p.clock},
+		{name: kmsKey, needs: []string{credentials, endpoint}, bars: []string{clock}, run: p.kmsKey},
 		{name: dataKey, needs: []string{kmsKey}, run: p.dataKey},
 		{name: kernel, run: p.kernel},
 		{name: cryptsetup, run: p.cryptsetup},
@@ -160,9 +158,9 @@ func (p *Preflight) checks() []check {
 			return
 		}
 		checks = append(checks,
-			check{name: section + " key", needs: []string{credentials, endpoint}, after: []string{clockCheck},
+			check{name: section + " key", needs: []string{credentials, endpoint}, bars: []string{clock},
 				run: func(ctx context.Context) (string, error) { return p.archiveKey(ctx, o.KeyARN) }},
-			check{name: section + " bucket", needs: []string{credentials, region}, after: []string{clockCheck},
+			check{name: section + " bucket", needs: []string{credentials, region}, bars: []string{clock},
 				run: func(ctx context.Context) (string, error) { return p.bucket(ctx, o, prefix) }})
 	}
 	add("escrow", p.node.cfg.Escrow.options(), p.node.cfg.Escrow.Prefix)
@@ -186,7 +184,7 @@ func (p *Preflight) Run(ctx context.Context) []Check {
 		go func() {
 			defer close(done[c.name])
 			made[i].Name = c.name
-			for _, name := range slices.Concat(c.needs, c.after) {
+			for _, name := range slices.Concat(c.needs, c.bars, c.after) {
 				<-done[name]
 			}
 			for _, name := range c.needs {
@@ -196,6 +194,12 @@ func (p *Preflight) Run(ctx context.Context) []Check {
 					return
 				case CheckSkipped:
 					made[i].judge("", skipped(on.Detail)) // the cause is the same
+					return
+				}
+			}
+			for _, name := range c.bars {
+				if made[index[name]].Result == CheckFailure {
+					made[i].judge("", dependsOn(name))
 					return
 				}
 			}
@@ -300,7 +304,6 @@ func (p *Preflight) clock(context.Context) (string, error) {
 	f, err := p.node.cloud.CheckClock()
 	switch {
 	case err != nil:
-		p.errClock = err
 		return "", err
 	case f.Server == "":
 		return "", skipped(f.String())
@@ -311,9 +314,6 @@ func (p *Preflight) clock(context.Context) (string, error) {
 }
 
 func (p *Preflight) kmsKey(ctx context.Context) (string, error) {
-	if p.errClock != nil {
-		return "", dependsOn(clockCheck)
-	}
 	f, err := p.node.cloud.CheckKey(ctx)
 	switch {
 	case err != nil:
@@ -331,9 +331,6 @@ func keyDetail(f keycache.KeyFacts) string {
 // archiveKey looks at the key of the escrow or the logs. It is for whoever configures: the node's role does not need DescribeKey there,
 // so that it may not is no warning.
 func (p *Preflight) archiveKey(ctx context.Context, arn string) (string, error) {
-	if p.errClock != nil {
-		return "", dependsOn(clockCheck)
-	}
 	f, err := p.node.checkKey(ctx, arn)
 	switch {
 	case err != nil:
@@ -346,9 +343,6 @@ func (p *Preflight) archiveKey(ctx context.Context, arn string) (string, error) 
 
 // bucket puts nothing there: what is in an archive stays.
 func (p *Preflight) bucket(ctx context.Context, o archive.Options, prefix string) (string, error) {
-	if p.errClock != nil {
-		return "", dependsOn(clockCheck)
-	}
 	v, err := p.node.vault(ctx, o)
 	if err != nil {
 		return "", err

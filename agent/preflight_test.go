@@ -132,12 +132,6 @@ func TestPreflightTouchesNothing(t *testing.T) {
 }
 
 func TestPreflightFinds(t *testing.T) {
-	reason := func(r keycache.Reason) func(error) bool {
-		return func(err error) bool {
-			var e *keycache.Error
-			return errors.As(err, &e) && e.Reason == r
-		}
-	}
 	configured := func(err error) bool {
 		var e *ConfigError
 		return errors.As(err, &e)
@@ -251,12 +245,6 @@ func TestPreflightFinds(t *testing.T) {
 // TestPreflightOfArchives: the key and the bucket of the escrow and of the logs are looked at, nothing is put there, and no data key is
 // asked for under those keys.
 func TestPreflightOfArchives(t *testing.T) {
-	reason := func(r keycache.Reason) func(error) bool {
-		return func(err error) bool {
-			var e *keycache.Error
-			return errors.As(err, &e) && e.Reason == r
-		}
-	}
 	ofS3 := func(r archive.Reason) func(error) bool {
 		return func(err error) bool {
 			var e *archive.Error
@@ -264,10 +252,6 @@ func TestPreflightOfArchives(t *testing.T) {
 		}
 	}
 	nothing := func(err error) bool { return err == nil }
-	const ( // in the policies
-		ofLogs   = "arn:aws:kms:us-east-1:111122223333:key/3456cdef-34cd-56ef-78ab-3456789012cd"
-		ofEscrow = "arn:aws:kms:us-east-1:111122223333:key/5678efab-56ef-78ab-90cd-567890abcdef"
-	)
 	type at struct { // a section
 		m      *inspected
 		s      *s3test.S3
@@ -277,7 +261,7 @@ func TestPreflightOfArchives(t *testing.T) {
 	key := func(k kmstest.KeySpec) func(at) { return func(a at) { *a.key = a.m.kms.NewKey(k) } }
 	enforce := func(name string) func(at) {
 		return func(a at) {
-			role := a.m.shippedPolicy(kmstest.RolePolicy, name, "", ofLogs, a.m.cfg.Logs.KMSKey, ofEscrow, a.m.cfg.Escrow.KMSKey)
+			role := a.m.shippedPolicy(kmstest.RolePolicy, name, "", shippedLogsKey, a.m.cfg.Logs.KMSKey, shippedEscrowKey, a.m.cfg.Escrow.KMSKey)
 			node := a.m.shippedPolicy(kmstest.RolePolicy, "node-role", "")
 			a.m.kms.Enforce(&kmstest.Access{Role: []*kmstest.Policy{node, role}})
 		}
@@ -358,6 +342,13 @@ func TestPreflightAsksNoArchive(t *testing.T) {
 	}
 	if calls := s.Calls(); len(calls) > 0 {
 		t.Errorf("S3 was asked %+v", calls)
+	}
+}
+
+func reason(r keycache.Reason) func(error) bool {
+	return func(err error) bool {
+		var e *keycache.Error
+		return errors.As(err, &e) && e.Reason == r
 	}
 }
 
